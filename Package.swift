@@ -1,0 +1,85 @@
+// swift-tools-version: 6.2
+// SPDX-License-Identifier: Apache-2.0
+
+import PackageDescription
+
+/// One set of rules for all Swift targets: language mode 6, strict memory
+/// safety, and no warnings.
+let swiftSettings: [SwiftSetting] = [
+  .swiftLanguageMode(.v6),
+  .strictMemorySafety(),
+  .treatAllWarnings(as: .error),
+  .enableUpcomingFeature("InternalImportsByDefault"),
+  .enableUpcomingFeature("MemberImportVisibility"),
+  .enableUpcomingFeature("ExistentialAny"),
+]
+
+let cSettings: [CSetting] = [.treatAllWarnings(as: .error)]
+
+let systemPackage = Target.Dependency.product(name: "SystemPackage", package: "swift-system")
+
+func library(
+  _ name: String, _ dependencies: [Target.Dependency], path: String? = nil
+) -> Target {
+  .target(
+    name: name, dependencies: dependencies + [systemPackage], path: path,
+    swiftSettings: swiftSettings)
+}
+
+func tests(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
+  .testTarget(
+    name: name, dependencies: dependencies + ["TestSupport", systemPackage],
+    swiftSettings: swiftSettings)
+}
+
+let package = Package(
+  name: "faultline",
+  products: [
+    .executable(name: "faultline", targets: ["faultline"]),
+    .library(name: "Userfault", targets: ["Userfault"]),
+    .library(name: "KVM", targets: ["KVM"]),
+    .library(name: "GuestMemory", targets: ["GuestMemory"]),
+    .library(name: "MemoryImage", targets: ["MemoryImage"]),
+    .library(name: "Pager", targets: ["Pager"]),
+  ],
+  dependencies: [
+    .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
+    .package(url: "https://github.com/apple/swift-system", from: "1.8.1"),
+    .package(url: "https://github.com/swiftlang/swift-subprocess", from: "1.0.2"),
+  ],
+  targets: [
+    // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer.
+    .target(name: "CLinux", cSettings: cSettings),
+    .systemLibrary(name: "CXXHash", providers: [.apt(["libxxhash-dev"])]),
+    .target(name: "CGuestProgram", cSettings: cSettings),
+    .target(
+      name: "CMinimalHandler", path: "Benchmarks/CMinimalHandler", cSettings: cSettings,
+      linkerSettings: [.linkedLibrary("pthread")]),
+
+    // The libraries; each may import only those above it.
+    library("LinuxSystem", ["CLinux"]),
+    library("Userfault", ["LinuxSystem", "CLinux"]),
+    library("KVM", ["LinuxSystem", "CLinux"]),
+    library("GuestMemory", ["LinuxSystem", "Userfault"]),
+    library("MemoryImage", ["LinuxSystem", "CXXHash"]),
+    library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
+    library("TestGuest", ["KVM", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
+    library(
+      "BenchmarkSuite",
+      [
+        "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem",
+        "CMinimalHandler",
+      ],
+      path: "Benchmarks/BenchmarkSuite"),
+
+    // The command.
+    .executableTarget(
+      name: "faultline",
+      dependencies: [
+        "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem",
+        "BenchmarkSuite", systemPackage,
+        .product(name: "ArgumentParser", package: "swift-argument-parser"),
+      ],
+      swiftSettings: swiftSettings),
+  ]
+)

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+#define _GNU_SOURCE 1
+#include "CLinux.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_DESCRIPTORS = 16 };
+
+long clinux_send_descriptors(int fd, const void *bytes, size_t length, const int *descriptors,
+                             size_t count) {
+  if (count > MAX_DESCRIPTORS) return -EINVAL;
+  union {
+    char bytes[CMSG_SPACE(MAX_DESCRIPTORS * sizeof(int))];
+    struct cmsghdr alignment;
+  } control;
+  memset(&control, 0, sizeof control);
+  struct iovec vector = {.iov_base = (void *)bytes, .iov_len = length};
+  struct msghdr message = {.msg_iov = &vector, .msg_iovlen = 1};
+  if (count > 0) {
+    message.msg_control = control.bytes;
+    message.msg_controllen = CMSG_SPACE(count * sizeof(int));
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(count * sizeof(int));
+    memcpy(CMSG_DATA(header), descriptors, count * sizeof(int));
+  }
+  return clinux_result(sendmsg(fd, &message, MSG_NOSIGNAL));
+}
+
+long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descriptors,
+                                size_t *count) {
+  union {
+    char bytes[CMSG_SPACE(MAX_DESCRIPTORS * sizeof(int))];
+    struct cmsghdr alignment;
+  } control;
+  struct iovec vector = {.iov_base = bytes, .iov_len = length};
+  struct msghdr message = {.msg_iov = &vector,
+                           .msg_iovlen = 1,
+                           .msg_control = control.bytes,
+                           .msg_controllen = sizeof control.bytes};
+  size_t room = *count;
+  *count = 0;
+  long received = clinux_result(recvmsg(fd, &message, MSG_CMSG_CLOEXEC));
+  if (received < 0) return received;
+  int overflow = (message.msg_flags & MSG_CTRUNC) != 0;
+  for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header;
+       header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+    size_t carried = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < carried; i++) {
+      int received_fd;
+      memcpy(&received_fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
+      if (*count < room) {
+        descriptors[(*count)++] = received_fd;
+      } else {
+        close(received_fd);
+        overflow = 1;
+      }
+    }
+  }
+  if (!overflow) return received;
+  while (*count > 0) close(descriptors[--*count]);
+  return -EMSGSIZE;
+}
+
+static void ignore_signal(int signal) { (void)signal; }
+
+long clinux_install_interrupting_handler(int signal) {
+  struct sigaction action;
+  memset(&action, 0, sizeof action);
+  action.sa_handler = ignore_signal;
+  sigemptyset(&action.sa_mask);
+  return clinux_result(sigaction(signal, &action, NULL));
+}
+
+static void *thread_main(void *argument) {
+  struct clinux_thread_start start = *(struct clinux_thread_start *)argument;
+  free(argument);
+  pthread_setname_np(pthread_self(), start.name);
+  start.body(start.context);
+  return NULL;
+}
+
+long clinux_thread_create(pthread_t *out, const struct clinux_thread_start *start) {
+  struct clinux_thread_start *copy = malloc(sizeof *copy);
+  if (!copy) return -ENOMEM;
+  *copy = *start;
+  // Signals of the process (^C, SIGTERM) belong to its own threads, not to these.
+  sigset_t blocked, previous;
+  sigfillset(&blocked);
+  sigdelset(&blocked, clinux_kick_signal());
+  pthread_sigmask(SIG_SETMASK, &blocked, &previous);
+  int failure = pthread_create(out, NULL, thread_main, copy);
+  pthread_sigmask(SIG_SETMASK, &previous, NULL);
+  if (failure) free(copy);
+  return -failure;
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// System calls that are not about userfaultfd or KVM. Every function returns
+// what the call returned, or the negated errno: nothing can come between a call
+// and its error.
+#ifndef FAULTLINE_CLINUX_SYSTEM_H
+#define FAULTLINE_CLINUX_SYSTEM_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/memfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <sys/un.h>
+#include <sys/vfs.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
+#endif
+_Static_assert(MADV_POPULATE_WRITE == 23, "MADV_POPULATE_WRITE");
+
+static inline long clinux_result(long value) { return value < 0 ? -(long)errno : value; }
+
+static inline long clinux_close(int fd) { return clinux_result(close(fd)); }
+static inline long clinux_dup(int fd) { return clinux_result(fcntl(fd, F_DUPFD_CLOEXEC, 0)); }
+static inline long clinux_set_status_flags(int fd, int flags) {
+  return clinux_result(fcntl(fd, F_SETFL, flags));
+}
+static inline long clinux_status_flags(int fd) { return clinux_result(fcntl(fd, F_GETFL)); }
+static inline long clinux_openat(int dirfd, const char *path, int flags, unsigned mode) {
+  return clinux_result(openat(dirfd, path, flags, mode));
+}
+static inline long clinux_read(int fd, void *buffer, size_t length) {
+  return clinux_result(read(fd, buffer, length));
+}
+static inline long clinux_write(int fd, const void *buffer, size_t length) {
+  return clinux_result(write(fd, buffer, length));
+}
+static inline long clinux_pread(int fd, void *buffer, size_t length, off_t offset) {
+  return clinux_result(pread(fd, buffer, length, offset));
+}
+static inline long clinux_pwrite(int fd, const void *buffer, size_t length, off_t offset) {
+  return clinux_result(pwrite(fd, buffer, length, offset));
+}
+static inline long clinux_lseek(int fd, off_t offset, int whence) {
+  return clinux_result(lseek(fd, offset, whence));
+}
+static inline long clinux_ftruncate(int fd, off_t length) {
+  return clinux_result(ftruncate(fd, length));
+}
+static inline long clinux_fallocate(int fd, int mode, off_t offset, off_t length) {
+  return clinux_result(syscall(SYS_fallocate, fd, mode, offset, length));
+}
+static inline long clinux_fsync(int fd) { return clinux_result(fsync(fd)); }
+static inline long clinux_fstat(int fd, struct stat *out) { return clinux_result(fstat(fd, out)); }
+static inline long clinux_link_open_file(int fd, int dirfd, const char *path) {
+  char name[32];
+  snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+  return clinux_result(linkat(AT_FDCWD, name, dirfd, path, AT_SYMLINK_FOLLOW));
+}
+static inline long clinux_renameat(int olddir, const char *from, int newdir, const char *to) {
+  return clinux_result(renameat(olddir, from, newdir, to));
+}
+static inline long clinux_unlinkat(int dirfd, const char *path) {
+  return clinux_result(unlinkat(dirfd, path, 0));
+}
+
+static inline long clinux_memfd_create(const char *name, unsigned flags) {
+  return clinux_result(syscall(SYS_memfd_create, name, flags));
+}
+/// The address as a signed number, or the negated errno (mappings never lie in
+/// the last page of the address space).
+static inline long clinux_mmap(void *hint, size_t length, int protection, int flags, int fd,
+                               off_t offset) {
+  void *address = mmap(hint, length, protection, flags, fd, offset);
+  return address == MAP_FAILED ? -(long)errno : (long)address;
+}
+static inline long clinux_munmap(uintptr_t address, size_t length) {
+  return clinux_result(munmap((void *)address, length));
+}
+static inline long clinux_madvise(uintptr_t address, size_t length, int advice) {
+  return clinux_result(madvise((void *)address, length, advice));
+}
+
+static inline long clinux_eventfd(unsigned initial, int flags) {
+  return clinux_result(eventfd(initial, flags));
+}
+static inline long clinux_poll(struct pollfd *descriptors, nfds_t count, int timeout_ms) {
+  return clinux_result(poll(descriptors, count, timeout_ms));
+}
+
+static inline long clinux_socket_stream(void) {
+  return clinux_result(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+}
+static inline long clinux_socketpair(int fds[2]) {
+  return clinux_result(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds));
+}
+static inline long clinux_bind(int fd, const struct sockaddr_un *address, socklen_t length) {
+  return clinux_result(bind(fd, (const struct sockaddr *)address, length));
+}
+static inline long clinux_connect(int fd, const struct sockaddr_un *address, socklen_t length) {
+  return clinux_result(connect(fd, (const struct sockaddr *)address, length));
+}
+static inline long clinux_listen(int fd, int backlog) { return clinux_result(listen(fd, backlog)); }
+static inline long clinux_accept(int fd) {
+  return clinux_result(syscall(SYS_accept4, fd, NULL, NULL, SOCK_CLOEXEC));
+}
+/// Sends bytes and up to 16 descriptors in one message (SCM_RIGHTS).
+long clinux_send_descriptors(int fd, const void *bytes, size_t length, const int *descriptors,
+                             size_t count);
+/// Receives bytes and up to `*count` descriptors; `*count` becomes how many came.
+/// Descriptors beyond the room are closed and the call fails with EMSGSIZE.
+long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descriptors,
+                                size_t *count);
+
+static inline uint64_t clinux_monotonic_nanoseconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+static inline long clinux_gettid(void) { return clinux_result(syscall(SYS_gettid)); }
+static inline long clinux_tgkill(int process, int thread, int signal) {
+  return clinux_result(syscall(SYS_tgkill, process, thread, signal));
+}
+static inline uint64_t clinux_rdtsc(void) { return __builtin_ia32_rdtsc(); }
+
+/// Installs a handler that does nothing, without SA_RESTART: its only effect is
+/// that a blocking call returns EINTR.
+long clinux_install_interrupting_handler(int signal);
+/// The signal that `clinux_install_interrupting_handler` and vCPU kicks use.
+static inline int clinux_kick_signal(void) { return SIGRTMIN + 3; }
+
+typedef void (*clinux_thread_body)(void *context);
+struct clinux_thread_start {
+  clinux_thread_body body;
+  void *context;
+  char name[16];
+};
+/// Starts a thread under a name (15 bytes), with all signals blocked except the
+/// kick signal. `*start` is copied before the call returns.
+long clinux_thread_create(pthread_t *out, const struct clinux_thread_start *start);
+
+#endif

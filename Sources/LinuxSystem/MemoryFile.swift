@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import CLinux
+public import SystemPackage
+
+/// A memfd: memory with a descriptor, on tmpfs or hugetlbfs (memfd_create(2)).
+public struct MemoryFile: ~Copyable, Sendable {
+  /// The memfd.
+  public let descriptor: OwnedDescriptor
+  /// Bytes.
+  public let length: Int
+  /// 4 KiB for tmpfs, else the huge page size.
+  public let pageSize: PageSize
+
+  /// A new object of zero bytes; nothing is allocated yet.
+  ///
+  /// - Parameters:
+  ///   - name: shown in /proc/PID/maps.
+  ///   - length: bytes; a multiple of `pageSize`.
+  ///   - pageSize: 4 KiB gives tmpfs, a larger size hugetlbfs.
+  public init(name: String, length: Int, pageSize: PageSize = .size4KiB) throws(Errno) {
+    guard length > 0, pageSize.divides(length) else { throw .invalidArgument }
+    var flags = MFD_CLOEXEC
+    if pageSize != .size4KiB {
+      flags |= MFD_HUGETLB | UInt32(pageSize.rawValue.trailingZeroBitCount) << 26
+    }
+    let made = unsafe clinux_memfd_create(name, flags)
+    let descriptor = OwnedDescriptor(owning: CInt(try check(made)))
+    _ = try check(clinux_ftruncate(descriptor.rawValue, off_t(length)))
+    self.descriptor = descriptor
+    self.length = length
+    self.pageSize = pageSize
+  }
+
+  /// Frees the pages of a range; they read as zero afterwards. No userfaultfd
+  /// event is raised (unlike MADV_REMOVE).
+  public borrowing func punchHole(offset: Int, length: Int) throws(Errno) {
+    let mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    _ = try retryingInterrupted {
+      clinux_fallocate(descriptor.rawValue, mode, off_t(offset), off_t(length))
+    }
+  }
+
+  /// Makes sure that the pages of a range exist, as zeros where they did not.
+  /// Throws `noSpace` or `noMemory` instead of a SIGBUS later.
+  public borrowing func allocate(offset: Int, length: Int) throws(Errno) {
+    _ = try retryingInterrupted {
+      clinux_fallocate(descriptor.rawValue, 0, off_t(offset), off_t(length))
+    }
+  }
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import CLinux
+public import SystemPackage
+
+/// A thread with a name that `ps -L` and `perf` show, outside of Swift's
+/// cooperative pool. All signals but the kick signal are blocked in it.
+@safe
+public struct NamedThread: ~Copyable, @unchecked Sendable {
+  // SAFETY: `pthread_t` may be joined from any thread; `join` consumes the owner,
+  // so it happens once.
+  private let handle: pthread_t
+
+  private final class Body {
+    let run: @Sendable () -> Void
+    init(_ run: @escaping @Sendable () -> Void) { self.run = run }
+  }
+
+  /// Starts the thread. Names are cut at 15 bytes.
+  public init(name: String, _ run: @escaping @Sendable () -> Void) throws(Errno) {
+    var start = unsafe clinux_thread_start()
+    // SAFETY: the thread takes this reference over; when it cannot start it is
+    // released below.
+    let body = unsafe Unmanaged.passRetained(Body(run))
+    unsafe start.context = body.toOpaque()
+    unsafe start.body = { context in
+      guard let context = unsafe context else { return }
+      unsafe Unmanaged<Body>.fromOpaque(context).takeRetainedValue().run()
+    }
+    unsafe withUnsafeMutableBytes(of: &start.name) { bytes in
+      unsafe bytes.copyBytes(from: name.utf8.prefix(15))
+    }
+    var handle = pthread_t()
+    let result = unsafe clinux_thread_create(&handle, &start)
+    if result < 0 { unsafe body.release() }
+    _ = try check(result)
+    self.handle = handle
+  }
+
+  deinit { pthread_detach(handle) }
+
+  /// Waits until the thread has ended.
+  public consuming func join() {
+    let handle = self.handle
+    discard self
+    _ = pthread_join(handle, nil)
+  }
+
+  /// The kernel's id of the calling thread (gettid(2)).
+  public static var currentID: CInt { CInt(clinux_gettid()) }
+}
+
+/// The signal that gets a thread out of a blocking call.
+public enum KickSignal {
+  /// Installs the handler that makes the signal interrupt and nothing else. Safe to
+  /// call again.
+  public static func install() throws(Errno) {
+    _ = try check(clinux_install_interrupting_handler(clinux_kick_signal()))
+  }
+
+  /// Sends it to one thread of this process. `noSuchProcess` when it has ended.
+  public static func send(toThread thread: CInt) throws(Errno) {
+    _ = try check(clinux_tgkill(getpid(), thread, clinux_kick_signal()))
+  }
+}
