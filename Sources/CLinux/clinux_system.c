@@ -75,6 +75,15 @@ long clinux_install_interrupting_handler(int signal) {
   return clinux_result(sigaction(signal, &action, NULL));
 }
 
+long clinux_rwlock_init(pthread_rwlock_t *lock) {
+  pthread_rwlockattr_t attributes;
+  pthread_rwlockattr_init(&attributes);
+  pthread_rwlockattr_setkind_np(&attributes, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+  int failure = pthread_rwlock_init(lock, &attributes);
+  pthread_rwlockattr_destroy(&attributes);
+  return -failure;
+}
+
 static void *thread_main(void *argument) {
   struct clinux_thread_start start = *(struct clinux_thread_start *)argument;
   free(argument);

@@ -77,15 +77,24 @@ public struct Mapping: ~Copyable, @unchecked Sendable {
   /// - Parameters:
   ///   - offset: bytes into the object; a multiple of its page size.
   ///   - length: bytes.
+  ///   - reserved: `true` makes the kernel set memory aside now; on hugetlbfs the call
+  ///     then fails (`noMemory`) where a later touch would raise SIGBUS.
   public init(
     of descriptor: borrowing OwnedDescriptor, offset: Int = 0, length: Int,
-    sharing: MappingSharing, writable: Bool = true
+    sharing: MappingSharing, writable: Bool = true, reserved: Bool = false
   ) throws(Errno) {
     let protection = writable ? PROT_READ | PROT_WRITE : PROT_READ
-    let flags = (sharing == .shared ? MAP_SHARED : MAP_PRIVATE) | MAP_NORESERVE
+    let flags = (sharing == .shared ? MAP_SHARED : MAP_PRIVATE) | (reserved ? 0 : MAP_NORESERVE)
     let start = try check(
       clinux_mmap(nil, length, protection, flags, descriptor.rawValue, off_t(offset)))
     range = HostRange(start: HostAddress(UInt64(start)), length: length)
+  }
+
+  /// Maps a whole memory object, shared; huge pages are reserved.
+  public init(of file: borrowing MemoryFile, sharing: MappingSharing = .shared) throws(Errno) {
+    try self.init(
+      of: file.descriptor, length: file.length, sharing: sharing,
+      reserved: file.pageSize != .size4KiB)
   }
 
   deinit { _ = clinux_munmap(UInt(range.start.rawValue), range.length) }

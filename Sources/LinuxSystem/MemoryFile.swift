@@ -40,12 +40,4 @@ public struct MemoryFile: ~Copyable, Sendable {
       clinux_fallocate(descriptor.rawValue, mode, off_t(offset), off_t(length))
     }
   }
-
-  /// Makes sure that the pages of a range exist, as zeros where they did not.
-  /// Throws `noSpace` or `noMemory` instead of a SIGBUS later.
-  public borrowing func allocate(offset: Int, length: Int) throws(Errno) {
-    _ = try retryingInterrupted {
-      clinux_fallocate(descriptor.rawValue, 0, off_t(offset), off_t(length))
-    }
-  }
 }

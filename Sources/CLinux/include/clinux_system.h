@@ -16,6 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -100,6 +101,24 @@ static inline long clinux_madvise(uintptr_t address, size_t length, int advice) 
 static inline long clinux_eventfd(unsigned initial, int flags) {
   return clinux_result(eventfd(initial, flags));
 }
+static inline long clinux_epoll_create(void) {
+  return clinux_result(epoll_create1(EPOLL_CLOEXEC));
+}
+static inline long clinux_epoll_add(int epoll, int fd, uint32_t events, uint64_t tag) {
+  struct epoll_event event = {.events = events, .data = {.u64 = tag}};
+  return clinux_result(epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event));
+}
+static inline long clinux_epoll_remove(int epoll, int fd) {
+  return clinux_result(epoll_ctl(epoll, EPOLL_CTL_DEL, fd, NULL));
+}
+static inline long clinux_epoll_wait(int epoll, struct epoll_event *events, int count,
+                                     int timeout_ms) {
+  return clinux_result(epoll_wait(epoll, events, count, timeout_ms));
+}
+/// A descriptor that becomes readable when the process ends (Linux 5.3).
+static inline long clinux_pidfd_open(int process) {
+  return clinux_result(syscall(SYS_pidfd_open, process, 0));
+}
 static inline long clinux_poll(struct pollfd *descriptors, nfds_t count, int timeout_ms) {
   return clinux_result(poll(descriptors, count, timeout_ms));
 }
@@ -144,6 +163,10 @@ static inline uint64_t clinux_rdtsc(void) { return __builtin_ia32_rdtsc(); }
 long clinux_install_interrupting_handler(int signal);
 /// The signal that `clinux_install_interrupting_handler` and vCPU kicks use.
 static inline int clinux_kick_signal(void) { return SIGRTMIN + 3; }
+
+/// A lock for which waiting writers go before new readers: glibc's default would let
+/// a stream of readers starve a writer.
+long clinux_rwlock_init(pthread_rwlock_t *lock);
 
 typedef void (*clinux_thread_body)(void *context);
 struct clinux_thread_start {

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import CLinux
+public import SystemPackage
+
+extension OwnedDescriptor {
+  /// Writes all bytes at an offset (pwrite(2)), in as many calls as it takes.
+  ///
+  /// After an error any part of the range may have been written.
+  @unsafe
+  public borrowing func writeAll(_ bytes: UnsafeRawBufferPointer, at offset: Int) throws(Errno) {
+    var done = 0
+    while done < bytes.count {
+      let rest = unsafe UnsafeRawBufferPointer(rebasing: bytes[done...])
+      let written = unsafe clinux_pwrite(
+        rawValue, rest.baseAddress, rest.count, off_t(offset + done))
+      if written == -Int(EINTR) { continue }
+      // A write that makes no progress without an error would loop for ever.
+      guard try check(written) > 0 else { throw .ioError }
+      done += written
+    }
+  }
+
+  /// Reads exactly as many bytes as there is room for (pread(2)); fewer in the file is
+  /// `noData`.
+  @unsafe
+  public borrowing func readAll(
+    into bytes: UnsafeMutableRawBufferPointer, at offset: Int
+  ) throws(Errno) {
+    var done = 0
+    while done < bytes.count {
+      let rest = unsafe UnsafeMutableRawBufferPointer(rebasing: bytes[done...])
+      let count = unsafe clinux_pread(rawValue, rest.baseAddress, rest.count, off_t(offset + done))
+      if count == -Int(EINTR) { continue }
+      guard try check(count) > 0 else { throw .noData }
+      done += count
+    }
+  }
+
+  /// Makes sure that the blocks of a range exist, as zeros where they did not
+  /// (fallocate(2)): `noSpace` now instead of SIGBUS at a later touch.
+  public borrowing func allocate(offset: Int, length: Int) throws(Errno) {
+    while true {
+      let result = clinux_fallocate(rawValue, 0, off_t(offset), off_t(length))
+      if result != -Int(EINTR) {
+        _ = try check(result)
+        return
+      }
+    }
+  }
+}

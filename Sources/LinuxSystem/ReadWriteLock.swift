@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import CLinux
+
+/// A readers-writer lock in which a waiting writer goes before new readers
+/// (pthread_rwlock_init(3)). Not recursive.
+@safe
+public struct ReadWriteLock: ~Copyable, @unchecked Sendable {
+  // SAFETY: the lock lives at a stable address from init to deinit, and pthread's
+  // operations on it are safe from any thread.
+  private let lock: UnsafeMutablePointer<pthread_rwlock_t>
+
+  /// An open lock.
+  public init() {
+    unsafe lock = .allocate(capacity: 1)
+    // Fails only for attributes that the C shim does not use.
+    _ = unsafe clinux_rwlock_init(lock)
+  }
+
+  deinit {
+    unsafe pthread_rwlock_destroy(lock)
+    unsafe lock.deallocate()
+  }
+
+  /// Runs `body` together with other readers, but no writer.
+  @inline(__always)
+  public borrowing func read<Value, Failure: Error>(
+    _ body: () throws(Failure) -> Value
+  ) throws(Failure) -> Value {
+    unsafe pthread_rwlock_rdlock(lock)
+    defer { unsafe pthread_rwlock_unlock(lock) }
+    return try body()
+  }
+
+  /// Runs `body` alone.
+  @inline(__always)
+  public borrowing func write<Value, Failure: Error>(
+    _ body: () throws(Failure) -> Value
+  ) throws(Failure) -> Value {
+    unsafe pthread_rwlock_wrlock(lock)
+    defer { unsafe pthread_rwlock_unlock(lock) }
+    return try body()
+  }
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import GuestMemory
+internal import LinuxSystem
+internal import SystemPackage
+internal import Userfault
+
+/// Faults that were read and wait to be resolved: first in, first out, of fixed size.
+@safe
+struct FaultQueue: ~Copyable {
+  private let slots: UnsafeMutableBufferPointer<PageFault>
+  private var head = 0
+  private(set) var count = 0
+
+  init(capacity: Int) { unsafe slots = .allocate(capacity: capacity) }
+  deinit { unsafe slots.deallocate() }
+
+  var room: Int { unsafe slots.count - count }
+
+  mutating func append(_ fault: PageFault) {
+    precondition(room > 0)
+    unsafe slots[(head + count) % slots.count] = fault
+    count += 1
+  }
+
+  mutating func popFirst() -> PageFault? {
+    guard count > 0 else { return nil }
+    // SAFETY: slots from head on, `count` of them, were stored by `append`.
+    let fault = unsafe slots[head]
+    unsafe head = (head + 1) % slots.count
+    count -= 1
+    return fault
+  }
+}
+
+/// Memory of one thread into which a source reads, sized for its largest page.
+@safe
+struct StagingBuffer: ~Copyable {
+  private let mapping: Mapping
+
+  init(length: Int) throws(Errno) {
+    mapping = try Mapping(anonymous: length)
+    // Now, so that no fault of our own lengthens a fault of the guest.
+    try? mapping.advise(.populateWrite, offset: 0, length: length)
+  }
+
+  var length: Int { mapping.length }
+  @unsafe var pointer: UnsafeMutableRawPointer { unsafe mapping.pointer }
+}
+
+/// One fault thread: waits, reads events, resolves faults. After `init` it allocates
+/// nothing, and it never touches the memory that it serves.
+struct FaultWorker<Source: PageSource>: ~Copyable {
+  private enum Tag: UInt64 { case faults, stop, process }
+
+  let session: PagerSession<Source>
+  private let slot: PagerSession<Source>.WorkerSlot
+  private let poller: Poller
+  private var events: EventBuffer
+  private var queue: FaultQueue
+  private let staging: StagingBuffer
+  private let eventRoom = 32
+
+  init(session: PagerSession<Source>, index: Int) throws(Errno) {
+    let poller = try Poller()
+    try poller.add(
+      session.userfaultfd.descriptor.rawValue, tag: Tag.faults.rawValue, exclusive: true)
+    try poller.add(session.stopSign.descriptor.rawValue, tag: Tag.stop.rawValue)
+    if session.processDescriptor >= 0 {
+      try poller.add(session.processDescriptor, tag: Tag.process.rawValue)
+    }
+    let largest = session.regions.map(\.pageSize.bytes).max() ?? 4096
+    staging = try StagingBuffer(length: largest)
+    self.poller = poller
+    self.session = session
+    slot = session.counters[index]
+    events = EventBuffer(capacity: eventRoom)
+    queue = FaultQueue(capacity: 512)
+  }
+
+  mutating func run() {
+    while true {
+      let event: Poller.Event?
+      do throws(Errno) {
+        event = try poller.wait()
+      } catch {
+        session.end(.failed(error))
+        return
+      }
+      switch event.flatMap({ Tag(rawValue: $0.tag) }) {
+      case nil: continue
+      case .stop: return
+      case .process:
+        session.end(.processGone)
+        return
+      case .faults:
+        guard event?.isReadable == true else {
+          // EPOLLERR without EPOLLIN: not a userfaultfd that can be served.
+          session.end(.failed(.ioError))
+          return
+        }
+        serve()
+      }
+    }
+  }
+
+  /// Reads what is pending and resolves it, until nothing is left.
+  private mutating func serve() {
+    var started = readEvents()
+    var fruitless = 0
+    while let fault = queue.popFirst() {
+      switch session.resolve(fault, staging: staging, counters: slot.counters) {
+      case .resolved:
+        slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- started)
+        fruitless = 0
+      case .retry:
+        // An event stands before the resolution: read it, then try again.
+        slot.counters.retries.add()
+        queue.append(fault)
+        fruitless += 1
+        if fruitless > 64 { Pause.microseconds(50) } else { Pause.yield() }
+        if queue.room >= eventRoom { started = readEvents() }
+      case .ended:
+        return
+      }
+    }
+  }
+
+  /// Reads one batch. Events other than faults take effect before the gate opens, so
+  /// whoever resolves a fault that was read later sees them.
+  private mutating func readEvents() -> UInt64 {
+    session.gate.write {
+      do throws(Errno) {
+        _ = try events.read(from: session.userfaultfd)
+      } catch {
+        session.end(.failed(error))
+      }
+      while let event = events.pop() {
+        switch consume event {
+        case .pageFault(let fault):
+          if fault.flags.contains(.minor) {
+            slot.counters.minorFaults.add()
+          } else {
+            slot.counters.missingFaults.add()
+          }
+          queue.append(fault)
+        case .remove(let range):
+          slot.counters.removeEvents.add()
+          session.mark(range, as: .removed)
+        case .unmap(let range):
+          slot.counters.unmapEvents.add()
+          session.mark(range, as: .unmapped)
+        case .fork(let child):
+          session.keep(child)
+          session.end(.failed(.notSupported))
+        default:
+          // Not asked for by `PagerSession.features`; another creator's descriptor may
+          // send them, and serving on would put content at wrong addresses.
+          session.end(.failed(.notSupported))
+        }
+      }
+    }
+    return MonotonicClock.nanoseconds
+  }
+}
+
+/// Carries a worker from the thread that makes it to the thread that runs it.
+final class FaultWorkerBox<Source: PageSource>: @unchecked Sendable {
+  // SAFETY: created by one thread, then used by the one fault thread only; starting
+  // that thread orders the two.
+  private var worker: FaultWorker<Source>
+
+  init(session: PagerSession<Source>, index: Int) throws(Errno) {
+    worker = try FaultWorker(session: session, index: index)
+  }
+
+  func run() { worker.run() }
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+
+public import GuestMemory
+public import LinuxSystem
+public import SystemPackage
+internal import Userfault
+
+/// How absent pages of a region are filled.
+public enum ResolutionMode: String, Sendable, CaseIterable {
+  /// MISSING: UFFDIO_COPY fills and maps in one step.
+  case missing
+  /// MISSING|MINOR: the page cache is filled first, then UFFDIO_CONTINUE maps. Only
+  /// for shared memory. (MINOR alone would let the kernel fill absent pages with
+  /// zeros, silently.)
+  case minor
+
+  var registration: RegistrationModes { self == .missing ? .missing : [.missing, .minor] }
+}
+
+/// A range of guest memory that a session serves, and what is known of its pages.
+///
+/// It outlives sessions: a handler that is stopped and started again goes on with
+/// the same page states.
+public final class PagedRegion: Sendable {
+  /// Where it lies in the process that is served.
+  public let host: HostRange
+  /// Where the guest sees it.
+  public let guestAddress: GuestAddress
+  /// The unit of a fault.
+  public let pageSize: PageSize
+  /// Which region of the source, and how many bytes into it.
+  public let sourceRegion: Int
+  /// Bytes into the source's region; a multiple of 4 KiB.
+  public let sourceOffset: Int
+  /// How absent pages are filled.
+  public let mode: ResolutionMode
+
+  /// The state of every page.
+  public let states: PageStateTable
+  let cache: PageCacheWriter?
+
+  /// The whole of a memory object of this process.
+  ///
+  /// `invalidArgument` when `.minor` is asked for on anonymous memory.
+  public init(
+    _ memory: borrowing GuestMemoryObject, mode: ResolutionMode,
+    guestAddress: GuestAddress = GuestAddress(0), sourceRegion: Int = 0, sourceOffset: Int = 0
+  ) throws(Errno) {
+    let states = try PageStateTable(pageCount: memory.range.length / memory.backing.pageSize.bytes)
+    self.host = memory.range
+    self.guestAddress = guestAddress
+    self.pageSize = memory.backing.pageSize
+    self.sourceRegion = sourceRegion
+    self.sourceOffset = sourceOffset
+    self.mode = mode
+    self.states = states
+    switch mode {
+    case .missing: cache = nil
+    case .minor: cache = try memory.makePageCacheWriter()
+    }
+  }
+
+  /// A range of another process, filled by UFFDIO_COPY.
+  public init(
+    host: HostRange, pageSize: PageSize, guestAddress: GuestAddress, sourceRegion: Int = 0,
+    sourceOffset: Int = 0
+  ) throws(Errno) {
+    guard host.length > 0, pageSize.divides(host.length) else { throw .invalidArgument }
+    states = try PageStateTable(pageCount: host.length / pageSize.bytes)
+    self.host = host
+    self.guestAddress = guestAddress
+    self.pageSize = pageSize
+    self.sourceRegion = sourceRegion
+    self.sourceOffset = sourceOffset
+    mode = .missing
+    cache = nil
+  }
+
+  // MARK: - Geometry
+
+  /// Pages in the region.
+  public var pageCount: Int { states.pageCount }
+
+  /// The page that holds an address inside the region.
+  func page(of address: HostAddress) -> Int {
+    host.start.distance(to: address) / pageSize.bytes
+  }
+
+  /// The host addresses of some pages.
+  func range(of first: Int, count: Int = 1) -> HostRange {
+    HostRange(
+      start: host.start.advanced(by: first * pageSize.bytes), length: count * pageSize.bytes)
+  }
+
+  /// The pages that a range of addresses touches, clipped to the region.
+  func pages(in range: HostRange) -> Range<Int> {
+    let start = max(range.start, host.start)
+    let end = min(range.end, host.end)
+    guard start < end else { return 0..<0 }
+    let last = (host.start.distance(to: end) + pageSize.bytes - 1) / pageSize.bytes
+    return page(of: start)..<last
+  }
+}

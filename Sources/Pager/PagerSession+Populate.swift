@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import GuestMemory
+internal import LinuxSystem
+internal import Synchronization
+internal import SystemPackage
+internal import Userfault
+
+// Filling ahead of the guest, or behind it: in bulk, through the same states and the
+// same gate as the faults, which therefore go on meanwhile.
+extension PagerSession {
+  /// One step of bulk filling. Larger pieces cost less for each page (1.0 µs in 1 MiB,
+  /// 1.1 µs in 64 KiB) but hold up the reading of events.
+  private static var pieceLength: Int { 256 << 10 }
+  /// What a thread takes at a time.
+  private static var chunkLength: Int { 4 << 20 }
+
+  /// Fills every absent page that has data; returns when all of them are there.
+  ///
+  /// Zero pages stay absent: a touch resolves them, and after `release` they read as
+  /// zero by themselves. Pages without right content are poisoned and listed in
+  /// `failures`. While a guest runs, the session must be started.
+  ///
+  /// - Parameter progress: called from the filling threads with bytes done and bytes in
+  ///   all.
+  public func populate(
+    progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
+  ) throws(PagerError) {
+    let chunks = regions.flatMap { region in
+      let pages = max(1, Self.chunkLength / region.pageSize.bytes)
+      return stride(from: 0, to: region.pageCount, by: pages).map { first in
+        (region, first..<min(first + pages, region.pageCount))
+      }
+    }
+    let total = regions.reduce(0) { $0 + $1.host.length }
+    let failed = statistics.failedPages
+    let tally = PopulateTally()
+    var threads: [ThreadBox] = []
+    do throws(Errno) {
+      for index in 0..<options.populateThreads {
+        let slot = counters[options.faultThreads + index]
+        let staging = try PopulateStaging(
+          length: max(Self.pieceLength, regions.map(\.pageSize.bytes).max() ?? 4096))
+        let thread = try NamedThread(name: "populate\(index)") {
+          while !self.hasEnded, let (region, pages) = tally.next(of: chunks) {
+            self.populate(region, pages, staging.buffer, slot.counters)
+            progress?(tally.finish(pages.count * region.pageSize.bytes), total)
+          }
+        }
+        threads.append(ThreadBox(thread))
+      }
+    } catch {
+      for thread in threads { thread.join() }
+      throw PagerError(.resources, "no memory or thread for filling", errno: error)
+    }
+    for thread in threads { thread.join() }
+    if let error = endError { throw error }
+    let damaged = statistics.failedPages - failed
+    guard damaged == 0 else {
+      throw PagerError(
+        .damagedPages, "\(damaged) pages have no right content and were poisoned")
+    }
+  }
+
+  private func populate(
+    _ region: PagedRegion, _ pages: Range<Int>, _ staging: borrowing StagingBuffer,
+    _ counters: borrowing WorkerCounters
+  ) {
+    let size = region.pageSize.bytes
+    let piece = max(1, Self.pieceLength / size)
+    var page = pages.lowerBound
+    while page < pages.upperBound {
+      let limit = min(piece, pages.upperBound - page)
+      var claimed = region.states.claim(from: page, limit: limit)
+      if claimed == 0 {
+        page += 1
+        continue
+      }
+      while claimed > 0 {
+        let done = populateRun(region, page, claimed, staging, counters)
+        page += done
+        claimed -= done
+      }
+    }
+  }
+
+  /// Fills the first run of claimed pages; returns how many pages are settled.
+  private func populateRun(
+    _ region: PagedRegion, _ first: Int, _ claimed: Int, _ staging: borrowing StagingBuffer,
+    _ counters: borrowing WorkerCounters
+  ) -> Int {
+    let size = region.pageSize.bytes
+    do {
+      // SAFETY: the staging buffer holds a whole piece, and at most a piece is claimed.
+      let run = try unsafe source.read(
+        region: region.sourceRegion, offset: region.sourceOffset + first * size,
+        length: claimed * size, into: staging.pointer)
+      // A run that ends inside a page (hugetlbfs) is put together page by page.
+      if run.length >= size {
+        let count = run.length / size
+        if run.isZero {
+          giveBack(region, first..<(first + count))
+          return count
+        }
+        let installed = installRun(region, first, count, staging, counters)
+        counters.populatedPages.add(UInt64(installed))
+        if installed > 0 { return installed }
+      }
+    } catch {
+      // One of the pages is damaged; page by page finds out which.
+    }
+    while case .retry = fetchAndInstall(first, region, staging, counters) {
+      Pause.microseconds(50)
+      guard region.states.claim(from: first, limit: 1) == 1 else { return 1 }
+    }
+    if region.states.load(first) == .present { counters.populatedPages.add() }
+    return 1
+  }
+
+  /// Installs pages that the staging buffer holds; returns how many, 0 when the first
+  /// of them needs the way of a single page.
+  private func installRun(
+    _ region: PagedRegion, _ first: Int, _ count: Int, _ staging: borrowing StagingBuffer,
+    _ counters: borrowing WorkerCounters
+  ) -> Int {
+    gate.read {
+      var length = 0
+      while length < count, region.states.load(first + length) == .filling { length += 1 }
+      guard length > 0 else { return 0 }
+      let range = region.range(of: first, count: length)
+      // SAFETY: the staging buffer holds at least `length` pages from `first` on.
+      let resolution = unsafe fillRange(from: staging.pointer, range, first, region)
+      let done = resolution.bytesDone / region.pageSize.bytes
+      region.states.fill(first..<(first + done), with: .present)
+      switch region.mode {
+      case .missing: counters.copiedPages.add(UInt64(done))
+      case .minor: counters.continuedPages.add(UInt64(done))
+      }
+      return done
+    }
+  }
+
+  /// Claims that were not used: the pages are absent again, and whoever faulted on them
+  /// meanwhile faults anew.
+  private func giveBack(_ region: PagedRegion, _ pages: Range<Int>) {
+    for page in pages { _ = region.states.exchange(page, from: .filling, to: .absent) }
+    try? userfaultfd.wake(region.range(of: pages.lowerBound, count: pages.count))
+  }
+}
+
+/// What the threads of one `populate` share.
+private final class PopulateTally: Sendable {
+  private let nextChunk = Atomic<Int>(0)
+  private let bytesDone = Atomic<Int>(0)
+
+  func next(of chunks: [(PagedRegion, Range<Int>)]) -> (PagedRegion, Range<Int>)? {
+    let index = nextChunk.wrappingAdd(1, ordering: .relaxed).oldValue
+    return index < chunks.count ? chunks[index] : nil
+  }
+
+  func finish(_ bytes: Int) -> Int {
+    bytesDone.wrappingAdd(bytes, ordering: .relaxed).newValue
+  }
+}
+
+/// Carries a thread's buffer into its closure.
+private final class PopulateStaging: Sendable {
+  let buffer: StagingBuffer
+  init(length: Int) throws(Errno) { buffer = try StagingBuffer(length: length) }
+}

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import GuestMemory
+internal import LinuxSystem
+internal import SystemPackage
+internal import Userfault
+
+/// What became of a fault.
+enum FaultOutcome {
+  /// Its waiters are awake, or another thread will wake them.
+  case resolved
+  /// An event must be read first (EAGAIN).
+  case retry
+  /// The session is over.
+  case ended
+}
+
+/// What a page is to become.
+enum PageFill {
+  /// The bytes in the staging buffer.
+  case staged
+  /// Zeros.
+  case zero
+  /// The page cache has it: map it.
+  case cached
+  /// An error on touch.
+  case poison
+}
+
+// The path of one fault. No allocation, no Foundation, no task; the only lock is the
+// session's own gate.
+extension PagerSession {
+  /// Resolves one fault.
+  func resolve(
+    _ fault: PageFault, staging: borrowing StagingBuffer, counters: borrowing WorkerCounters
+  ) -> FaultOutcome {
+    guard let region = region(at: fault.address) else {
+      return refuse(fault, counters)
+    }
+    let page = region.page(of: fault.address)
+    while true {
+      switch region.states.load(page) {
+      case .absent:
+        guard region.states.claim(from: page, limit: 1) == 1 else { continue }
+        return fetchAndInstall(page, region, staging, counters)
+      case .filling:
+        counters.coalescedFaults.add()
+        return .resolved
+      case .present:
+        // In the page cache but not mapped, or dropped without an event (MADV_DONTNEED
+        // where remove events were not negotiated, PUNCH_HOLE): then it reads as zero.
+        let fill: PageFill = fault.flags.contains(.minor) ? .cached : .zero
+        return install(fill, page, region, staging, counters, expecting: .present)
+      case .removed:
+        let fill: PageFill = fault.flags.contains(.minor) ? .cached : .zero
+        return install(fill, page, region, staging, counters, expecting: .removed)
+      case .poisoned:
+        guard canPoison else { return .resolved }
+        return install(.poison, page, region, staging, counters, expecting: .poisoned)
+      case .unmapped:
+        try? userfaultfd.wake(region.range(of: page))
+        return .resolved
+      }
+    }
+  }
+
+  /// Marks what a remove or unmap event covers. The caller holds the gate alone.
+  func mark(_ range: HostRange, as state: PageState) {
+    for region in regions { region.states.fill(region.pages(in: range), with: state) }
+  }
+
+  // MARK: - Content
+
+  func fetchAndInstall(
+    _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ counters: borrowing WorkerCounters
+  ) -> FaultOutcome {
+    let fill: PageFill
+    do {
+      fill = try fetch(page, region, staging)
+    } catch {
+      return fail(page, region, staging, counters, reason: error.description)
+    }
+    return install(fill, page, region, staging, counters, expecting: .filling)
+  }
+
+  /// Reads one page of the region into the staging buffer.
+  private func fetch(
+    _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer
+  ) throws(PageSourceError) -> PageFill {
+    let size = region.pageSize.bytes
+    let start = region.sourceOffset + page * size
+    var done = 0
+    var anyData = false
+    while done < size {
+      // SAFETY: the staging buffer is as long as the largest page.
+      let run = try unsafe source.read(
+        region: region.sourceRegion, offset: start + done, length: size - done,
+        into: staging.pointer + done)
+      if run.isZero {
+        // Only a page that also has data needs its zeros written out.
+        if run.length < size {
+          unsafe (staging.pointer + done).initializeMemory(
+            as: UInt8.self, repeating: 0, count: run.length)
+        }
+      } else {
+        anyData = true
+      }
+      done += run.length
+    }
+    return anyData ? .staged : .zero
+  }
+
+  // MARK: - Resolution
+
+  /// Resolves a page and records its new state, if its state is still the expected one;
+  /// if an event changed it meanwhile, what the event said holds.
+  func install(
+    _ fill: PageFill, _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ counters: borrowing WorkerCounters, expecting expected: PageState
+  ) -> FaultOutcome {
+    var attempts = 0
+    while true {
+      let resolution = gate.read { () -> Resolution? in
+        let current = region.states.load(page)
+        var fill = fill
+        if current != expected {
+          // Between the claim and now: removed → zeros, unmapped → nobody waits.
+          guard current == .removed else { return nil }
+          fill = .zero
+        }
+        let range = region.range(of: page)
+        let resolution = apply(fill, range, page, region, staging)
+        switch resolution.obstacle {
+        case nil:
+          count(fill, region.mode, counters)
+          if fill != .poison { region.states.store(page, .present) }
+        case .alreadyPresent:
+          counters.alreadyPresent.add()
+          try? userfaultfd.wake(range)
+          if fill != .poison { region.states.store(page, .present) }
+        case .notRegistered:
+          region.states.store(page, .unmapped)
+        case .mappingChanging, .partial:
+          // Give the claim back: the fault is tried again from the start.
+          _ = region.states.exchange(page, from: .filling, to: .absent)
+        case .processGone, .absent, .failed:
+          break
+        }
+        return resolution
+      }
+      switch resolution?.obstacle {
+      case nil, .alreadyPresent, .notRegistered:
+        return .resolved
+      case .mappingChanging, .partial:
+        return .retry
+      case .processGone:
+        end(.processGone)
+        return .ended
+      case .absent where fill == .cached:
+        // The page left the page cache again (a hole was punched): it is zero now.
+        return install(.zero, page, region, staging, counters, expecting: expected)
+      case .absent:
+        return fail(page, region, staging, counters, reason: "\(Errno.badAddress)")
+      case .failed(let errno):
+        // No memory now need not mean none in a moment; but not for ever.
+        attempts += 1
+        if errno == .noMemory, attempts < 100 {
+          Pause.microseconds(10_000)
+          continue
+        }
+        return fail(page, region, staging, counters, reason: "\(errno)")
+      }
+    }
+  }
+
+  /// The ioctls of one resolution. The caller holds the gate.
+  private func apply(
+    _ fill: PageFill, _ range: HostRange, _ page: Int, _ region: PagedRegion,
+    _ staging: borrowing StagingBuffer
+  ) -> Resolution {
+    switch fill {
+    case .staged:
+      // SAFETY: the staging buffer holds the whole page, which was just fetched.
+      return unsafe fillRange(from: staging.pointer, range, page, region)
+    case .zero:
+      guard case .size4KiB = region.pageSize else {
+        // hugetlbfs has no ZEROPAGE.
+        unsafe staging.pointer.initializeMemory(
+          as: UInt8.self, repeating: 0, count: range.length)
+        return unsafe userfaultfd.copy(
+          from: staging.pointer, to: range.start, length: range.length)
+      }
+      return userfaultfd.zeropage(range)
+    case .cached:
+      return userfaultfd.continue(range)
+    case .poison:
+      return userfaultfd.poison(range)
+    }
+  }
+
+  /// Fills whole pages from a buffer and maps them: by UFFDIO_COPY, or through the page
+  /// cache and UFFDIO_CONTINUE. The caller holds the gate.
+  @unsafe func fillRange(
+    from bytes: UnsafeRawPointer, _ range: HostRange, _ page: Int, _ region: PagedRegion
+  ) -> Resolution {
+    switch region.cache {
+    case .none:
+      return unsafe userfaultfd.copy(from: bytes, to: range.start, length: range.length)
+    case .some(let cache):
+      do throws(Errno) {
+        try unsafe cache.write(
+          UnsafeRawBufferPointer(start: bytes, count: range.length),
+          at: page * region.pageSize.bytes)
+      } catch {
+        return Resolution(bytesDone: 0, obstacle: .failed(error))
+      }
+      return userfaultfd.continue(range)
+    }
+  }
+
+  private func count(
+    _ fill: PageFill, _ mode: ResolutionMode, _ counters: borrowing WorkerCounters
+  ) {
+    switch fill {
+    case .staged: mode == .minor ? counters.continuedPages.add() : counters.copiedPages.add()
+    case .zero: counters.zeroPages.add()
+    case .cached: counters.continuedPages.add()
+    case .poison: break
+    }
+  }
+
+  // MARK: - No right content
+
+  /// Tells the guest: the page is poisoned where the kernel can, else its waiters wait.
+  private func fail(
+    _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ counters: borrowing WorkerCounters, reason: String
+  ) -> FaultOutcome {
+    // A page that cannot even be poisoned was recorded the first time.
+    guard region.states.load(page) != .poisoned else { return .resolved }
+    counters.failedPages.add()
+    region.states.store(page, .poisoned)
+    record(
+      PageFailure(
+        guestAddress: region.guestAddress.advanced(by: page * region.pageSize.bytes),
+        pageSize: region.pageSize, isPoisoned: canPoison, reason: reason))
+    guard canPoison else { return .resolved }
+    return install(.poison, page, region, staging, counters, expecting: .poisoned)
+  }
+
+  /// A fault outside of all regions: the other side registered memory that it did not
+  /// describe. There is no right content for it.
+  private func refuse(_ fault: PageFault, _ counters: borrowing WorkerCounters) -> FaultOutcome {
+    counters.failedPages.add()
+    let page = HostRange(
+      start: HostAddress(fault.address.rawValue & ~4095), length: PageSize.size4KiB.bytes)
+    var poisoned = false
+    if canPoison {
+      let resolution = gate.read { userfaultfd.poison(page) }
+      if resolution.obstacle == .mappingChanging { return .retry }
+      poisoned = resolution.obstacle == nil
+    }
+    record(
+      PageFailure(
+        guestAddress: GuestAddress(fault.address.rawValue), pageSize: .size4KiB,
+        isPoisoned: poisoned, reason: "host address \(page.start) lies in no region"))
+    return .resolved
+  }
+}

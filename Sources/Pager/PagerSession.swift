@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import GuestMemory
+public import LinuxSystem
+internal import Synchronization
+internal import SystemPackage
+public import Userfault
+
+/// How a session runs.
+public struct PagerOptions: Sendable {
+  /// Threads that serve faults.
+  public var faultThreads: Int
+  /// Threads that `populate` uses.
+  public var populateThreads: Int
+  /// Called from a fault thread when a page has no right content. It must not touch
+  /// the memory that is served.
+  public var onFailure: (@Sendable (PageFailure) -> Void)?
+  /// Called once when the session can serve no more: waiters wait from then on. Comes
+  /// from a fault thread, so it must not call `stop`.
+  public var onEnd: (@Sendable (PagerError) -> Void)?
+
+  /// Options with the defaults: two threads of each kind.
+  public init(
+    faultThreads: Int = 2, populateThreads: Int = 2,
+    onFailure: (@Sendable (PageFailure) -> Void)? = nil,
+    onEnd: (@Sendable (PagerError) -> Void)? = nil
+  ) {
+    self.faultThreads = max(1, faultThreads)
+    self.populateThreads = max(1, populateThreads)
+    self.onFailure = onFailure
+    self.onEnd = onEnd
+  }
+}
+
+/// Serves the page faults of one guest from one source.
+///
+/// `start` → faults are served by named threads → `stop` (waiters wait, nothing is
+/// lost) → `start` again, or `release` when no guest uses the memory any more.
+///
+/// **A page that enters the guest is right, or the guest is told**: what the source
+/// cannot vouch for is poisoned, never filled with something else.
+///
+/// How threads stay out of each other's way, without a lock across sessions:
+/// - `gate` orders events against resolutions. Whoever *reads* the userfaultfd holds
+///   it alone; whoever checks a page's state, resolves the page and records the new
+///   state holds it together with others. So when a remove event has been read, no
+///   copy of old content is on its way to the page that madvise is about to drop, and
+///   a fault that was raised after a resolution is read after its state was recorded.
+/// - A page is claimed (`absent` → `filling`) before its content is fetched, which
+///   happens outside of the gate. Others drop their faults on it: those waiters queued
+///   up before the resolution, which wakes them.
+public final class PagerSession<Source: PageSource>: Sendable {
+  let userfaultfd: Userfaultfd
+  let regions: [PagedRegion]
+  let source: Source
+  let options: PagerOptions
+  let canPoison: Bool
+
+  let gate = ReadWriteLock()
+  let stopSign: EventDescriptor
+  let counters: [WorkerSlot]
+  private let process: OwnedDescriptor?
+  private let state = Mutex(State())
+
+  /// Why a session serves no more.
+  enum End: Sendable { case processGone, failed(Errno) }
+
+  private struct State {
+    var threads: [ThreadBox] = []
+    var failures: [PageFailure] = []
+    var failureCount = 0
+    var end: End?
+    /// Userfaultfds of forked children: closing one would turn the child's absent
+    /// pages into zeros.
+    var children: [ChildBox] = []
+  }
+
+  final class ChildBox: Sendable {
+    let descriptor: OwnedDescriptor
+    init(_ descriptor: consuming OwnedDescriptor) { self.descriptor = descriptor }
+  }
+
+  final class ThreadBox: Sendable {
+    private let thread: Mutex<NamedThread?>
+    init(_ thread: consuming NamedThread) { self.thread = Mutex(thread) }
+    func join() {
+      let thread = self.thread.withLock { $0.take() }
+      if let thread { thread.join() }
+    }
+  }
+
+  final class WorkerSlot: Sendable { let counters = WorkerCounters() }
+
+  /// How many failures are kept with their details.
+  static var failureLimit: Int { 64 }
+
+  /// Prepares a session; nothing is served before `start`.
+  ///
+  /// - Parameters:
+  ///   - userfaultfd: of the guest's process. Ask for `PagerSession.features`.
+  ///   - regions: what to serve; they may not overlap.
+  ///   - registers: `false` when the other side registered the ranges already.
+  ///   - process: a pidfd of the guest's process. With it an idle session ends when the
+  ///     process does; without it only the next fault finds out.
+  public init(
+    userfaultfd: consuming Userfaultfd, regions: [PagedRegion], source: Source,
+    options: PagerOptions = PagerOptions(), registers: Bool = true,
+    process: consuming OwnedDescriptor? = nil
+  ) throws(PagerError) {
+    try Self.validate(regions)
+    let userfaultfd = userfaultfd
+    if registers {
+      for region in regions {
+        do {
+          try userfaultfd.register(region.host, modes: region.mode.registration)
+        } catch {
+          throw PagerError(
+            .registration, "userfaultfd refuses \(region.mode.registration) on \(region.host)",
+            errno: error)
+        }
+      }
+    }
+    do {
+      stopSign = try EventDescriptor()
+    } catch {
+      throw PagerError(.resources, "no eventfd for a session", errno: error)
+    }
+    canPoison = userfaultfd.features.contains(.poison)
+    self.userfaultfd = userfaultfd
+    self.regions = regions.sorted { $0.host.start < $1.host.start }
+    self.source = source
+    self.options = options
+    self.process = process
+    let threads = options.faultThreads + options.populateThreads
+    counters = (0..<threads).map { _ in WorkerSlot() }
+  }
+
+  deinit { stop() }
+
+  /// What a userfaultfd for a session needs, and what is used where it is there.
+  public static var features: (required: UserfaultFeatures, wanted: UserfaultFeatures) {
+    (
+      [],
+      [
+        .missingShmem, .missingHugetlbfs, .minorShmem, .minorHugetlbfs, .removeEvents,
+        .unmapEvents, .poison,
+      ]
+    )
+  }
+
+  private static func validate(_ regions: [PagedRegion]) throws(PagerError) {
+    var previous: HostRange?
+    for region in regions.sorted(by: { $0.host.start < $1.host.start }) {
+      guard Int(region.host.start.rawValue) & (region.pageSize.bytes - 1) == 0,
+        region.sourceOffset & 4095 == 0, region.sourceOffset >= 0
+      else {
+        throw PagerError(
+          .invalidRegion, "region \(region.host) is not aligned to its \(region.pageSize) pages")
+      }
+      if let previous, region.host.start < previous.end {
+        throw PagerError(.invalidRegion, "regions \(previous) and \(region.host) overlap")
+      }
+      previous = region.host
+    }
+  }
+
+  // MARK: - Life cycle
+
+  /// Starts the fault threads. Waiters that an earlier handler left behind are woken
+  /// and fault again.
+  public func start() throws(PagerError) {
+    if let error = endError { throw error }
+    let running = state.withLock { !$0.threads.isEmpty }
+    guard !running else { return }
+    stopSign.reset()
+    for index in 0..<options.faultThreads {
+      do {
+        let worker = try FaultWorkerBox(session: self, index: index)
+        let thread = try NamedThread(name: "fault\(index)") { worker.run() }
+        let box = ThreadBox(thread)
+        state.withLock { $0.threads.append(box) }
+      } catch {
+        stop()
+        throw PagerError(.resources, "no thread for serving faults", errno: error)
+      }
+    }
+    wakeAll()
+  }
+
+  /// Stops serving and returns when all fault threads have ended. The regions stay
+  /// registered: whoever faults waits until `start` or `release`.
+  public func stop() {
+    stopSign.signal()
+    let threads = state.withLock { state in
+      defer { state.threads = [] }
+      return state.threads
+    }
+    for thread in threads { thread.join() }
+  }
+
+  /// Stops, unregisters all regions and wakes everyone who still waits.
+  ///
+  /// Absent pages read as zero from here on, so call it when no guest uses the memory
+  /// any more, or when `populate` has filled it all.
+  public func release() {
+    stop()
+    for region in regions {
+      // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
+      try? userfaultfd.unregister(region.host)
+    }
+  }
+
+  /// Wakes all waiters; those whose page is not there fault again.
+  func wakeAll() {
+    for region in regions { try? userfaultfd.wake(region.host) }
+  }
+
+  // MARK: - What others see
+
+  /// What has been done so far, over all threads.
+  public var statistics: PagerStatistics {
+    var total = PagerStatistics()
+    for slot in counters { slot.counters.add(to: &total) }
+    return total
+  }
+
+  /// The pages that have no right content, the first 64 of them.
+  public var failures: [PageFailure] { state.withLock { $0.failures } }
+
+  /// Whether the guest's process is gone or the session failed.
+  public var hasEnded: Bool { state.withLock { $0.end != nil } }
+
+  var endError: PagerError? {
+    switch state.withLock({ $0.end }) {
+    case nil: nil
+    case .processGone: PagerError(.ended, "the guest's process is gone")
+    case .failed(let errno): PagerError(.ended, "the userfaultfd failed", errno: errno)
+    }
+  }
+
+  func end(_ reason: End) {
+    let isFirst = state.withLock { state in
+      defer { state.end = state.end ?? reason }
+      return state.end == nil
+    }
+    stopSign.signal()
+    if isFirst, let error = endError { options.onEnd?(error) }
+  }
+
+  /// Keeps a forked child's userfaultfd open.
+  func keep(_ child: consuming OwnedDescriptor) {
+    let box = ChildBox(child)
+    state.withLock { $0.children.append(box) }
+  }
+
+  func record(_ failure: PageFailure) {
+    state.withLock { state in
+      state.failureCount += 1
+      if state.failures.count < Self.failureLimit { state.failures.append(failure) }
+    }
+    options.onFailure?(failure)
+  }
+
+  /// The pidfd's number, or -1.
+  var processDescriptor: CInt {
+    switch process {
+    case .none: -1
+    case .some(let descriptor): descriptor.rawValue
+    }
+  }
+
+  /// The region that holds an address.
+  func region(at address: HostAddress) -> PagedRegion? {
+    for region in regions where region.host.contains(address) { return region }
+    return nil
+  }
+}
