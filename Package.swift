@@ -45,7 +45,6 @@ let package = Package(
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     .package(url: "https://github.com/apple/swift-system", from: "1.8.1"),
-    .package(url: "https://github.com/swiftlang/swift-subprocess", from: "1.0.2"),
   ],
   targets: [
     // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer.
@@ -81,5 +80,20 @@ let package = Package(
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],
       swiftSettings: swiftSettings),
+
+    // Tests.
+    .target(name: "CTestSupport", path: "Tests/CTestSupport", cSettings: cSettings),
+    .target(
+      name: "TestSupport",
+      dependencies: [
+        "CTestSupport", "Pager", "GuestMemory", "Userfault", "LinuxSystem", systemPackage,
+      ],
+      path: "Tests/TestSupport", swiftSettings: swiftSettings),
+    tests("LinuxSystemTests", ["LinuxSystem"]),
+    tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash"]),
+    tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
+    tests("KVMTests", ["KVM", "LinuxSystem"]),
+    tests("TestGuestTests", ["TestGuest", "KVM", "LinuxSystem", "CGuestProgram"]),
+    tests("PagerTests", ["Pager", "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport"]),
   ]
 )

@@ -13,7 +13,7 @@ public struct Poller: ~Copyable, Sendable {
   }
 
   /// What became of the one descriptor that `wait` reports.
-  public struct Event: Sendable {
+  public struct Event: Sendable, Equatable {
     /// The tag that it was added under.
     public let tag: UInt64
     /// `false` when it only has EPOLLERR or EPOLLHUP.

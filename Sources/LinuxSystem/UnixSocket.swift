@@ -4,6 +4,7 @@ internal import CLinux
 public import SystemPackage
 
 /// A connected Unix stream socket that can carry descriptors (unix(7)).
+@frozen
 public struct UnixSocket: ~Copyable, Sendable {
   /// The socket.
   public let descriptor: OwnedDescriptor
@@ -21,6 +22,7 @@ public struct UnixSocket: ~Copyable, Sendable {
   }
 
   /// Two sockets connected to each other (socketpair(2)); close-on-exec.
+  @frozen
   public struct Pair: ~Copyable, Sendable {
     /// One end.
     public var first: UnixSocket

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import CLinux
+public import SystemPackage
+
+/// What fstat(2) says about an open file.
+public struct FileStatus: Hashable, Sendable {
+  /// Bytes, holes included.
+  public let length: Int
+  /// Bytes that the filesystem has set aside.
+  public let allocatedBytes: Int
+  /// Whether it is a regular file; false for directories, devices, pipes, links.
+  public let isRegular: Bool
+  /// Whether it is a symbolic link; only of one opened as such (O_PATH, O_NOFOLLOW).
+  public let isSymbolicLink: Bool
+  /// Whether it is a directory.
+  public let isDirectory: Bool
+}
+
+// MARK: - Files on storage
+
+extension OwnedDescriptor {
+  /// Opens a file for reading, close-on-exec. A pipe does not block the call.
+  public init(openingForReading path: FilePath) throws(Errno) {
+    let flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK
+    let opened = try path.openAt(AT_FDCWD, flags: flags)
+    self.init(owning: CInt(opened))
+  }
+
+  /// Reads up to as many bytes as there is room for (pread(2), one call).
+  ///
+  /// - Returns: bytes; 0 at the end of the file.
+  @unsafe
+  public borrowing func read(
+    into bytes: UnsafeMutableRawBufferPointer, at offset: Int
+  ) throws(Errno) -> Int {
+    while true {
+      let count = unsafe clinux_pread(rawValue, bytes.baseAddress, bytes.count, off_t(offset))
+      if count != -Int(EINTR) { return try check(count) }
+    }
+  }
+
+  /// Waits until data and metadata are on stable storage (fsync(2)).
+  ///
+  /// After an error the kernel may have dropped the data: write the file again, do not
+  /// sync again.
+  public borrowing func synchronize() throws(Errno) {
+    _ = try retryingInterrupted { clinux_fsync(rawValue) }
+  }
+
+  /// Sets the length in bytes (ftruncate(2)); what is added is a hole.
+  public borrowing func setLength(_ length: Int) throws(Errno) {
+    _ = try retryingInterrupted { clinux_ftruncate(rawValue, off_t(length)) }
+  }
+
+  /// fstat(2).
+  public var status: FileStatus {
+    get throws(Errno) {
+      var status = stat()
+      _ = try unsafe check(clinux_fstat(rawValue, &status))
+      let kind = CInt(bitPattern: status.st_mode) & S_IFMT
+      return FileStatus(
+        length: Int(status.st_size), allocatedBytes: Int(status.st_blocks) * 512,
+        isRegular: kind == S_IFREG, isSymbolicLink: kind == S_IFLNK,
+        isDirectory: kind == S_IFDIR)
+    }
+  }
+
+  /// The first byte of data at or after an offset (lseek(2), SEEK_DATA); `nil` when
+  /// only a hole follows. Moves the file position, which is shared by duplicates.
+  public borrowing func nextData(from offset: Int) throws(Errno) -> Int? {
+    try seek(to: offset, whence: SEEK_DATA)
+  }
+
+  /// The first byte of a hole at or after an offset (lseek(2), SEEK_HOLE); the end of
+  /// the file counts as one. `nil` past the end. Moves the file position.
+  public borrowing func nextHole(from offset: Int) throws(Errno) -> Int? {
+    try seek(to: offset, whence: SEEK_HOLE)
+  }
+
+  private borrowing func seek(to offset: Int, whence: CInt) throws(Errno) -> Int? {
+    let found = clinux_lseek(rawValue, off_t(offset), whence)
+    return found == -Int(ENXIO) ? nil : try check(found)
+  }
+}
+
+extension FilePath {
+  /// openat(2) with the path; the descriptor's number.
+  func openAt(_ directory: CInt, flags: CInt, mode: UInt32 = 0) throws(Errno) -> Int {
+    try retryingInterrupted {
+      unsafe withPlatformString { name in
+        unsafe clinux_openat(directory, name, flags, mode)
+      }
+    }
+  }
+}

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+public import LinuxSystem
+
+/// A contiguous range of guest memory in an image.
+public struct ImageRegion: Sendable, Hashable {
+  /// What the machine calls it, such as "ram". UTF-8, 1 to 80 bytes.
+  public var name: String
+  /// Where the guest has it; a multiple of 4 KiB.
+  public var guestAddress: GuestAddress
+  /// Bytes; a multiple of `pageSize`, not zero.
+  public var length: Int
+  /// The size of the pages that the memory was taken from. The image's blocks are 4 KiB
+  /// whatever it is.
+  public var pageSize: PageSize
+
+  /// A region; `length` is in bytes.
+  public init(name: String, guestAddress: GuestAddress, length: Int, pageSize: PageSize) {
+    self.name = name
+    self.guestAddress = guestAddress
+    self.length = length
+    self.pageSize = pageSize
+  }
+
+  /// Blocks of 4 KiB.
+  public var blockCount: Int { length / ImageLimits.blockSize }
+}
+
+/// The state of one device, opaque to Faultline.
+public struct DeviceState: Sendable, Hashable {
+  /// The kind of device, such as a four-character code.
+  public var type: UInt32
+  /// Which one of its kind. A pair of type and instance occurs once in an image.
+  public var instance: UInt32
+  /// The state, in the form of whoever wrote it.
+  public var bytes: [UInt8]
+
+  /// A state.
+  public init(type: UInt32, instance: UInt32, bytes: [UInt8]) {
+    self.type = type
+    self.instance = instance
+    self.bytes = bytes
+  }
+}
+
+/// The random name of one image: two images never have the same.
+public struct ImageID: Hashable, Sendable, CustomStringConvertible {
+  /// Bytes 0 to 7 in the file, little-endian.
+  public let low: UInt64
+  /// Bytes 8 to 15.
+  public let high: UInt64
+
+  init(low: UInt64, high: UInt64) {
+    self.low = low
+    self.high = high
+  }
+
+  /// From the system's random numbers (getrandom(2)).
+  static func random() -> Self {
+    Self(low: .random(in: .min ... .max), high: .random(in: .min ... .max))
+  }
+
+  /// The 16 bytes in the order of the file, as 32 hexadecimal digits.
+  public var description: String {
+    [low, high].map { word in
+      let digits = String(word.byteSwapped, radix: 16)
+      return String(repeating: "0", count: 16 - digits.count) + digits
+    }.joined()
+  }
+}
+
+/// What was found from a block on.
+public struct ImageRun: Sendable, Hashable {
+  /// What all blocks of a run are.
+  public enum Kind: Sendable {
+    /// Zeros; the buffer was not written to.
+    case zero
+    /// Data, checked, in the buffer.
+    case data
+  }
+
+  /// What all blocks of the run are.
+  public let kind: Kind
+  /// Blocks of 4 KiB, at least one.
+  public let blockCount: Int
+
+  /// A run of `blockCount` blocks.
+  public init(kind: Kind, blockCount: Int) {
+    self.kind = kind
+    self.blockCount = blockCount
+  }
+}
+
+/// The limits of the format (docs/image-format.md).
+public enum ImageLimits {
+  /// Bytes of a block.
+  public static let blockSize = 4096
+  /// Regions in an image.
+  public static let regions = 1024
+  /// Bytes of a region's name.
+  public static let regionNameBytes = 80
+  /// Device states in an image.
+  public static let states = 4096
+  /// Bytes of all device states.
+  public static let stateBytes = 64 << 20
+  /// Metadata entries in an image.
+  public static let metadataEntries = 1024
+  /// Bytes of a metadata key.
+  public static let metadataKeyBytes = 255
+  /// Bytes of all metadata, with 8 bytes for each entry.
+  public static let metadataBytes = 1 << 20
+  /// Bytes of an image.
+  public static let fileLength = 1 << 50
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import LinuxSystem
+public import SystemPackage
+
+/// A snapshot image, open for reading (docs/image-format.md).
+///
+/// Any number of threads may read at once. The image keeps its file open: replacing the
+/// file under its path does not change what is read. The descriptor and the memory of the
+/// index (0.2 % of what was read of the guest) go with the last reference.
+public final class MemoryImage: Sendable {
+  /// Where it was opened.
+  public let path: FilePath
+  /// Its random name.
+  public let id: ImageID
+  /// Guest memory; a region's number is its place here.
+  public let regions: [ImageRegion]
+  /// Device states, in the order in which they were added.
+  public let states: [DeviceState]
+  /// Strings about the machine and the snapshot.
+  public let metadata: [String: String]
+
+  let file: OwnedDescriptor
+  let geometries: [RegionGeometry]
+  let index: VerifiedIndex
+
+  /// Opens an image and checks its header, tables and device states; memory and index are
+  /// checked when they are read. The time does not depend on the size of the guest.
+  ///
+  /// Throws any code but `outOfRange` and `incomplete`. A file that passes may still have
+  /// damaged memory: `verify` tells.
+  public init(path: FilePath) throws(ImageError) {
+    let file: OwnedDescriptor
+    do throws(Errno) {
+      file = try OwnedDescriptor(openingForReading: path)
+    } catch {
+      throw ImageError(.inputOutput, path, "it cannot be opened", errno: error)
+    }
+    let catalog = try ImageCatalog(reading: file, path: path)
+    do throws(Errno) {
+      index = try VerifiedIndex(pageCount: catalog.indexPageCount)
+    } catch {
+      throw ImageError(
+        .limitExceeded, path, "there is no address space for its index", errno: error)
+    }
+    self.path = path
+    self.file = file
+    id = catalog.id
+    regions = catalog.regions
+    geometries = catalog.geometries
+    states = catalog.states
+    metadata = catalog.metadata
+  }
+
+  /// An error about a block, with the names that go with the numbers.
+  func failure(
+    _ code: ImageError.Code, _ reason: String, region: Int, block: Int? = nil,
+    fileOffset: Int? = nil
+  ) -> ImageError {
+    ImageError(
+      code, path, reason, region: region, regionName: regions[region].name, block: block,
+      fileOffset: fileOffset)
+  }
+}

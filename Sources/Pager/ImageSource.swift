@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+
+public import MemoryImage
+
+/// A snapshot image as a source: every block is checked before it is handed out.
+public struct ImageSource: PageSource {
+  /// The image that is read.
+  public let image: MemoryImage
+
+  /// A source over an open image; the image's region numbers are the source's.
+  public init(_ image: MemoryImage) { self.image = image }
+
+  /// Reads and verifies; see `MemoryImage.read`. Damage throws and names the block.
+  @unsafe public func read(
+    region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun {
+    let block = ImageLimits.blockSize
+    do {
+      let run = try unsafe image.read(
+        region: region, firstBlock: offset / block, blockCount: length / block, into: buffer)
+      return SourceRun(isZero: run.kind == .zero, length: run.blockCount * block)
+    } catch {
+      throw PageSourceError(error.description)
+    }
+  }
+}

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#define _GNU_SOURCE 1
+#include "CTestSupport.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+int ctest_fork_and_wait(void) {
+  pid_t child = fork();
+  if (child == 0) _exit(0);
+  if (child > 0) waitpid(child, NULL, 0);
+  return child;
+}
+
+static _Thread_local sigjmp_buf *guard;
+static _Thread_local volatile int guard_code;
+
+static void on_sigbus(int signal, siginfo_t *info, void *context) {
+  (void)context;
+  if (!guard) {
+    // Not ours: die of it as usual.
+    struct sigaction action = {.sa_handler = SIG_DFL};
+    sigaction(signal, &action, NULL);
+    return;
+  }
+  guard_code = info->si_code;
+  siglongjmp(*guard, 1);
+}
+
+static void install(void) {
+  struct sigaction action;
+  memset(&action, 0, sizeof action);
+  action.sa_sigaction = on_sigbus;
+  action.sa_flags = SA_SIGINFO;
+  sigaction(SIGBUS, &action, NULL);
+}
+
+int ctest_guarded_load(uintptr_t address, uint64_t *value) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, install);
+  // Threads of the project block all signals; a blocked SIGBUS would kill the process.
+  sigset_t bus;
+  sigemptyset(&bus);
+  sigaddset(&bus, SIGBUS);
+  pthread_sigmask(SIG_UNBLOCK, &bus, NULL);
+  sigjmp_buf here;
+  if (sigsetjmp(here, 1) != 0) {
+    guard = NULL;
+    return guard_code;
+  }
+  guard = &here;
+  *value = *(volatile uint64_t *)address;
+  guard = NULL;
+  return 0;
+}
+
+uintptr_t ctest_move_mapping(uintptr_t address, uintptr_t length) {
+  void *room = mmap(NULL, length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (room == MAP_FAILED) return 0;
+  // The old range stays mapped: its owner will unmap it, and until then nobody else's
+  // mapping may land there.
+  void *moved = mremap((void *)address, length, length, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, room);
+  return moved == MAP_FAILED ? 0 : (uintptr_t)moved;
+}
+
+void ctest_unmap(uintptr_t address, uintptr_t length) { munmap((void *)address, length); }

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What tests need of C: fork without exec, and touching memory that may be poisoned.
+#ifndef FAULTLINE_CTESTSUPPORT_H
+#define FAULTLINE_CTESTSUPPORT_H
+
+#include <stdint.h>
+
+/// Forks; the child exits at once with 0. Returns the child's id after having waited
+/// for it, or -1.
+int ctest_fork_and_wait(void);
+
+/// Reads 8 bytes at an address. Returns 0, or the si_code of the SIGBUS that the access
+/// raised. Safe in several threads at once.
+int ctest_guarded_load(uintptr_t address, uint64_t *value);
+
+/// mremap(2) to another place; returns the new address or 0.
+uintptr_t ctest_move_mapping(uintptr_t address, uintptr_t length);
+
+/// munmap(2).
+void ctest_unmap(uintptr_t address, uintptr_t length);
+
+#endif

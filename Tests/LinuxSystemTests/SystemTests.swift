@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+
+import LinuxSystem
+import SystemPackage
+import TestSupport
+import Testing
+
+@Suite("Owned kernel objects")
+struct SystemTests {
+  @Test("A descriptor passed over a socket is a descriptor of the same file")
+  func passDescriptors() throws {
+    let pair = try UnixSocket.pair()
+    let file = try MemoryFile(name: "passed", length: 4096)
+    let mapping = try Mapping(of: file)
+    store(42, mapping.range, offset: 0)
+    try pair.first.send([1, 2, 3], descriptors: [file.descriptor.rawValue])
+    let message = try pair.second.receive(limit: 16)
+    #expect(message.bytes == [1, 2, 3])
+    let number = try #require(message.descriptors.first)
+    #expect(message.descriptors.count == 1)
+    let received = OwnedDescriptor(owning: number)
+    let second = try Mapping(of: received, length: 4096, sharing: .shared)
+    #expect(load(second.range, offset: 0) == 42)
+  }
+
+  @Test("More descriptors than there is room for are all closed and refused")
+  func tooManyDescriptors() async {
+    await #expect(processExitsWith: .success) {
+      let pair = try UnixSocket.pair()
+      let file = try MemoryFile(name: "passed", length: 4096)
+      let before = openDescriptorCount()
+      let numbers = Array(repeating: file.descriptor.rawValue, count: 10)
+      try pair.first.send([1], descriptors: numbers)
+      do throws(Errno) {
+        _ = try pair.second.receive(limit: 16, descriptorLimit: 3)
+        preconditionFailure("ten descriptors fitted into three")
+      } catch {
+        precondition(error == .messageTooLong)
+      }
+      precondition(openDescriptorCount() == before)
+    }
+  }
+
+  @Test("The end of a peer is an empty message")
+  func peerGone() throws {
+    let pair = try UnixSocket.pair()
+    let first = pair.first
+    let second = pair.second
+    try first.descriptor.close()
+    #expect(try second.receive(limit: 16).bytes.isEmpty)
+  }
+
+  @Test("A mapping lies at its alignment", arguments: [4096, 2 << 20, 1 << 30])
+  func alignment(bytes: Int) throws {
+    let mapping = try Mapping(anonymous: 3 << 20, alignment: bytes)
+    #expect(Int(mapping.range.start.rawValue) % bytes == 0)
+    store(1, mapping.range, offset: mapping.length - 8)
+  }
+
+  @Test("A thread has its name and can be interrupted")
+  func namedThread() throws {
+    try KickSignal.install()
+    let names = NameBox()
+    let thread = try ThreadHandle.start { names.set(currentThreadName()) }
+    thread.join()
+    #expect(names.get() == "test")
+  }
+
+  @Test("A wait ends for the stop sign, and a reset takes it down")
+  func stopSign() throws {
+    let stop = try EventDescriptor()
+    let poller = try Poller()
+    try poller.add(stop.descriptor.rawValue, tag: 9)
+    #expect(try poller.wait(milliseconds: 0) == nil)
+    stop.signal()
+    #expect(try poller.wait()?.tag == 9)
+    stop.reset()
+    #expect(try poller.wait(milliseconds: 0) == nil)
+  }
+
+  @Test("An error is the kernel's own", arguments: [0, 100])
+  func errors(length: Int) {
+    #expect(throws: Errno.invalidArgument) { _ = try MemoryFile(name: "odd", length: length) }
+  }
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+
+import Foundation
+package import GuestMemory
+import LinuxSystem
+package import Pager
+
+/// What this machine has, for tests that need it.
+package enum Host {
+  /// Whether the free pages of the 2 MiB pool suffice.
+  package static func hasHugePages(_ count: Int) -> Bool {
+    let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages"
+    guard let text = try? String(contentsOfFile: path, encoding: .utf8) else { return false }
+    return (Int(text.trimmingCharacters(in: .whitespacesAndNewlines)) ?? 0) >= count
+  }
+
+  /// Whether this process may watch faults that come from the kernel.
+  package static let hasPrivileges = getuid() == 0
+
+  /// Threads of this process.
+  package static func threadCount() throws -> Int {
+    try FileManager.default.contentsOfDirectory(atPath: "/proc/self/task").count
+  }
+
+  /// Whether KVM can be used.
+  package static let hasKVM = unsafe access("/dev/kvm", R_OK | W_OK) == 0
+}
+
+/// How many descriptors this process has open. Only meaningful in a process that does
+/// nothing else: use it in an exit test.
+package func openDescriptorCount() -> Int {
+  (try? FileManager.default.contentsOfDirectory(atPath: "/proc/self/fd").count) ?? -1
+}
+
+/// Runs a body with a fresh directory and removes it afterwards.
+package func withTemporaryDirectory<Value>(_ body: (String) throws -> Value) throws -> Value {
+  let path = FileManager.default.temporaryDirectory.appendingPathComponent(
+    "faultline-\(UUID().uuidString)"
+  ).path
+  try FileManager.default.createDirectory(atPath: path, withIntermediateDirectories: false)
+  defer { try? FileManager.default.removeItem(atPath: path) }
+  return try body(path)
+}
+
+/// A kind of memory together with a way to fill it.
+package struct MemoryCase: Sendable, CustomStringConvertible {
+  package let backing: MemoryBacking
+  package let mode: ResolutionMode
+  package var description: String { "\(backing)/\(mode.rawValue)" }
+
+  /// Every combination that the kernel offers.
+  package static let all = [
+    MemoryCase(backing: .anonymous, mode: .missing),
+    MemoryCase(backing: .memfd, mode: .missing),
+    MemoryCase(backing: .memfd, mode: .minor),
+    MemoryCase(backing: .hugetlb(.size2MiB), mode: .missing),
+    MemoryCase(backing: .hugetlb(.size2MiB), mode: .minor),
+  ]
+
+  /// The same without huge pages.
+  package static let smallPages = all.filter { $0.backing.pageSize == .size4KiB }
+
+  /// Pages for a test that wants about `count`: huge pages are scarce.
+  package func pages(_ count: Int) -> Int { backing.pageSize == .size4KiB ? count : 4 }
+}
