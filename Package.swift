@@ -64,9 +64,12 @@ let package = Package(
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
     library("TestGuest", ["KVM", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
     library(
+      "SnapshotRestore",
+      ["TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem"]),
+    library(
       "BenchmarkSuite",
       [
-        "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem",
+        "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem",
         "CMinimalHandler",
       ],
       path: "Benchmarks/BenchmarkSuite"),
@@ -75,8 +78,8 @@ let package = Package(
     .executableTarget(
       name: "faultline",
       dependencies: [
-        "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem",
-        "BenchmarkSuite", systemPackage,
+        "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
+        "LinuxSystem", "BenchmarkSuite", systemPackage,
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],
       swiftSettings: swiftSettings),

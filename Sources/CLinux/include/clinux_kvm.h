@@ -7,6 +7,7 @@
 
 #include "clinux_system.h"
 #include <linux/kvm.h>
+#include <stdbool.h>
 #include <sys/ioctl.h>
 
 // Linux 6.8
@@ -99,6 +100,7 @@ _Static_assert(KVM_GET_TSC_KHZ == 0xaea3, "KVM_GET_TSC_KHZ");
 _Static_assert(KVM_ENABLE_CAP == 0x4068aea3, "KVM_ENABLE_CAP");
 _Static_assert(KVM_GET_XSAVE == 0x9000aea4, "KVM_GET_XSAVE");
 _Static_assert(KVM_SET_XSAVE == 0x5000aea5, "KVM_SET_XSAVE");
+_Static_assert(KVM_GET_XSAVE2 == 0x9000aecf, "KVM_GET_XSAVE2");
 _Static_assert(KVM_GET_XCRS == 0x8188aea6, "KVM_GET_XCRS");
 _Static_assert(KVM_SET_XCRS == 0x4188aea7, "KVM_SET_XCRS");
 _Static_assert(KVM_CLEAR_DIRTY_LOG == 0xc018aec0, "KVM_CLEAR_DIRTY_LOG");
@@ -160,6 +162,7 @@ CLINUX_KVM_CALL(set_sregs, KVM_SET_SREGS, struct kvm_sregs *)
 CLINUX_KVM_CALL(get_fpu, KVM_GET_FPU, struct kvm_fpu *)
 CLINUX_KVM_CALL(set_fpu, KVM_SET_FPU, struct kvm_fpu *)
 CLINUX_KVM_CALL(get_xsave, KVM_GET_XSAVE, struct kvm_xsave *)
+CLINUX_KVM_CALL(get_xsave2, KVM_GET_XSAVE2, struct kvm_xsave *)
 CLINUX_KVM_CALL(set_xsave, KVM_SET_XSAVE, struct kvm_xsave *)
 CLINUX_KVM_CALL(get_xcrs, KVM_GET_XCRS, struct kvm_xcrs *)
 CLINUX_KVM_CALL(set_xcrs, KVM_SET_XCRS, struct kvm_xcrs *)
@@ -176,12 +179,22 @@ CLINUX_KVM_CALL(set_msrs, KVM_SET_MSRS, struct kvm_msrs *)
 CLINUX_KVM_CALL(get_tsc_khz, KVM_GET_TSC_KHZ, int)
 CLINUX_KVM_CALL(set_tsc_khz, KVM_SET_TSC_KHZ, unsigned long)
 
+// The exit union of `struct kvm_run` has bit-fields and members that older headers lack,
+// which Swift cannot reach.
+static inline struct clinux_kvm_memory_fault clinux_kvm_memory_fault(const struct kvm_run *run) {
+  struct clinux_kvm_memory_fault fault;
+  __builtin_memcpy(&fault, &run->hw, sizeof fault);
+  return fault;
+}
+
 /// `immediate_exit` is written by other threads than the vCPU's.
 static inline void clinux_kvm_set_immediate_exit(struct kvm_run *run, uint8_t value) {
   __atomic_store_n(&run->immediate_exit, value, __ATOMIC_SEQ_CST);
 }
-static inline uint32_t clinux_kvm_dirty_gfn_flags(const struct kvm_dirty_gfn *entry) {
-  return __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE);
+/// Whether the kernel published the entry and user space has not taken it yet.
+static inline bool clinux_kvm_dirty_gfn_is_dirty(const struct kvm_dirty_gfn *entry) {
+  uint32_t flags = __atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE);
+  return (flags & KVM_DIRTY_GFN_F_MASK) == KVM_DIRTY_GFN_F_DIRTY;
 }
 static inline void clinux_kvm_dirty_gfn_reset(struct kvm_dirty_gfn *entry) {
   __atomic_store_n(&entry->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);

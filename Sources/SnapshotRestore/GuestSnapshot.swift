@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+public import GuestMemory
+internal import LinuxSystem
+internal import MemoryImage
+internal import Synchronization
+public import SystemPackage
+public import TestGuest
+
+/// Saves a test guest to an image.
+public enum GuestSnapshot {
+  /// The type of the device state that holds one vCPU: "vcpu" as a little-endian number.
+  public static let vcpuStateType: UInt32 = 0x7570_6376
+  /// The metadata key that says what ran the guest: "kvm" or "process".
+  public static let kindKey = "guest.kind"
+
+  /// Pauses a guest, writes it to a new image, and leaves it paused.
+  ///
+  /// - Parameters:
+  ///   - memory: the guest's memory.
+  ///   - skipsAbsentPages: `true` when absent pages are zeros; `false` when a pager fills
+  ///     them on demand.
+  ///   - metadata: strings to keep with the image.
+  ///   - progress: bytes of guest memory dealt with, and in all; from several threads.
+  public static func take(
+    of guest: TestGuest, memory: borrowing GuestMemoryObject, to path: FilePath,
+    skipsAbsentPages: Bool, metadata: [String: String] = [:],
+    progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
+  ) throws(SnapshotError) {
+    guest.pause()
+    do {
+      var writer = try ImageWriter(
+        path: path,
+        regions: [
+          ImageRegion(
+            name: "ram", guestAddress: GuestAddress(0), length: memory.range.length,
+            pageSize: memory.backing.pageSize)
+        ])
+      for (key, value) in metadata { try writer.setMetadata(key: key, value: value) }
+      try writer.setMetadata(key: kindKey, value: guest.kind == .kvm ? "kvm" : "process")
+      for (index, state) in try guest.saveState().enumerated() {
+        try writer.add(
+          state: DeviceState(type: vcpuStateType, instance: UInt32(index), bytes: state))
+      }
+      let ranges = skipsAbsentPages ? try memory.populatedRanges() : [0..<memory.range.length]
+      try copy(ranges, of: memory.range, into: writer.blocks, progress)
+      try writer.finish()
+    } catch let error as ImageError {
+      throw SnapshotError(.image, error.description)
+    } catch let error as GuestError {
+      throw SnapshotError(.guest, error.description)
+    } catch {
+      throw SnapshotError(.memory, "The guest's memory cannot be read: \(error)")
+    }
+  }
+
+  /// Writes ranges of memory with two threads, 4 MiB at a time.
+  private static func copy(
+    _ ranges: [Range<Int>], of memory: HostRange, into writer: ImageBlockWriter,
+    _ progress: (@Sendable (Int, Int) -> Void)?
+  ) throws {
+    let piece = 4 << 20
+    let pieces = ranges.flatMap { range in
+      stride(from: range.lowerBound, to: range.upperBound, by: piece).map {
+        $0..<min($0 + piece, range.upperBound)
+      }
+    }
+    let total = ranges.reduce(0) { $0 + $1.count }
+    let work = CopyWork()
+    let body: @Sendable () -> Void = {
+      while let index = work.next(below: pieces.count) {
+        let part = pieces[index]
+        // SAFETY: the caller keeps the mapping while this runs, and the guest is paused.
+        let bytes = unsafe UnsafeRawBufferPointer(
+          start: UnsafeRawPointer(bitPattern: UInt(memory.start.rawValue) + UInt(part.lowerBound)),
+          count: part.count)
+        do throws(ImageError) {
+          try unsafe writer.write(
+            region: 0, firstBlock: part.lowerBound / ImageLimits.blockSize, bytes: bytes)
+        } catch {
+          work.fail(error)
+        }
+        progress?(work.finish(part.count), total)
+      }
+    }
+    let helper = try NamedThread(name: "snapshot1", body)
+    body()
+    helper.join()
+    if let failure = work.failure { throw failure }
+  }
+}
+
+/// What the threads of one copy share.
+private final class CopyWork: Sendable {
+  private let nextPiece = Atomic<Int>(0)
+  private let bytesDone = Atomic<Int>(0)
+  private let firstFailure = Mutex<ImageError?>(nil)
+
+  func next(below count: Int) -> Int? {
+    guard failure == nil else { return nil }
+    let index = nextPiece.wrappingAdd(1, ordering: .relaxed).oldValue
+    return index < count ? index : nil
+  }
+
+  func finish(_ bytes: Int) -> Int { bytesDone.wrappingAdd(bytes, ordering: .relaxed).newValue }
+
+  func fail(_ error: ImageError) {
+    firstFailure.withLock { $0 = $0 ?? error }
+  }
+
+  var failure: ImageError? { firstFailure.withLock { $0 } }
+}

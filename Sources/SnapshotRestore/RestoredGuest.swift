@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+
+public import GuestMemory
+internal import LinuxSystem
+public import MemoryImage
+public import Pager
+public import SystemPackage
+public import TestGuest
+internal import Userfault
+
+/// How a guest gets its memory back.
+public enum RestoreStrategy: String, Sendable, CaseIterable {
+  /// The guest runs at once; pages come when they are touched.
+  case lazy
+  /// All memory is there before the guest runs.
+  case eager
+}
+
+/// How to restore a guest.
+public struct RestoreOptions: Sendable {
+  /// What its memory is made of.
+  public var backing: MemoryBacking
+  /// How absent pages are filled.
+  public var mode: ResolutionMode
+  /// When.
+  public var strategy: RestoreStrategy
+  /// The threads and callbacks of the pager.
+  public var pager: PagerOptions
+  /// Called while an eager restore fills memory: bytes done and in all.
+  public var progress: (@Sendable (_ done: Int, _ total: Int) -> Void)?
+
+  /// Options; the defaults restore lazily into anonymous memory by UFFDIO_COPY.
+  public init(
+    backing: MemoryBacking = .anonymous, mode: ResolutionMode = .missing,
+    strategy: RestoreStrategy = .lazy, pager: PagerOptions = PagerOptions(),
+    progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
+  ) {
+    self.backing = backing
+    self.mode = mode
+    self.strategy = strategy
+    self.pager = pager
+    self.progress = progress
+  }
+}
+
+/// A test guest that runs again from an image, with the pager that serves its memory.
+///
+/// Owns the memory, the session and the guest, and ends them in the order that leaves
+/// no vCPU in a fault that nobody serves: the guest first, while faults are served, then
+/// the session, then the memory.
+public final class RestoredGuest: Sendable {
+  /// The image that it came from.
+  public let image: MemoryImage
+  /// The pager.
+  public let session: PagerSession<ImageSource>
+  /// The guest, running.
+  public let guest: TestGuest
+  /// Its memory.
+  public let memory: GuestMemoryObject
+  /// From the beginning of the restore to the guest's creation: CLOCK_MONOTONIC
+  /// nanoseconds.
+  public let preparationNanoseconds: UInt64
+  /// When the restore began: CLOCK_MONOTONIC nanoseconds.
+  public let startNanoseconds: UInt64
+
+  /// Opens an image and lets its guest run.
+  public init(_ path: FilePath, _ options: RestoreOptions = RestoreOptions()) throws(SnapshotError)
+  {
+    startNanoseconds = MonotonicClock.nanoseconds
+    do throws(ImageError) {
+      image = try MemoryImage(path: path)
+    } catch {
+      throw SnapshotError(.image, error.description)
+    }
+    let kind = try Self.kind(of: image)
+    let states = image.states.filter { $0.type == GuestSnapshot.vcpuStateType }
+      .sorted { $0.instance < $1.instance }.map(\.bytes)
+    guard let region = image.regions.first, image.regions.count == 1 else {
+      throw SnapshotError(.image, "\(path) has \(image.regions.count) regions; a test guest has 1")
+    }
+    guard options.backing.pageSize.divides(region.length) else {
+      throw SnapshotError(
+        .memory,
+        "\(region.length) bytes of guest memory are no whole number of \(options.backing.pageSize) "
+          + "pages")
+    }
+    memory = try Self.makeMemory(options.backing, region.length)
+    session = try Self.makeSession(memory, image, options)
+    preparationNanoseconds = MonotonicClock.nanoseconds - startNanoseconds
+    do throws(GuestError) {
+      guest = try TestGuest(restoring: memory.range, states: states, kind: kind)
+    } catch {
+      session.release()
+      throw SnapshotError(.guest, error.description)
+    }
+  }
+
+  deinit { shutdown() }
+
+  /// Ends the guest, then its pager. Safe to call again.
+  public func shutdown() {
+    guest.shutdown()
+    session.release()
+  }
+
+  /// Waits for the guest's first instruction; nanoseconds since the restore began.
+  public func timeToFirstInstruction() throws(SnapshotError) -> UInt64 {
+    do throws(GuestError) {
+      _ = try guest.timeToFirstInstruction()
+    } catch {
+      throw SnapshotError(.guest, error.description)
+    }
+    return (guest.firstInstructionNanoseconds ?? startNanoseconds) - startNanoseconds
+  }
+
+  // MARK: - Parts
+
+  private static func kind(of image: MemoryImage) throws(SnapshotError) -> TestGuest.Kind {
+    switch image.metadata[GuestSnapshot.kindKey] {
+    case "kvm":
+      guard TestGuest.kvmIsAvailable() else {
+        throw SnapshotError(
+          .guest,
+          "\(image.path) holds a KVM guest, and /dev/kvm cannot be used here. "
+            + "Run `faultline doctor`, or make a snapshot with --guest process.")
+      }
+      return .kvm
+    case "process": return .process
+    default:
+      throw SnapshotError(.image, "\(image.path) is an image, but not of a test guest")
+    }
+  }
+
+  private static func makeMemory(
+    _ backing: MemoryBacking, _ length: Int
+  ) throws(SnapshotError) -> GuestMemoryObject {
+    do throws(Errno) {
+      return try GuestMemoryObject(backing: backing, length: length)
+    } catch {
+      let pages = length / backing.pageSize.bytes
+      let advice =
+        backing.pageSize == .size4KiB
+        ? "Free memory, or raise the limit of this process (ulimit -v, the cgroup's memory.max)."
+        : "It needs \(pages) free pages of \(backing.pageSize): write their number to "
+          + "/proc/sys/vm/nr_hugepages."
+      throw SnapshotError(
+        .memory, "\(length >> 20) MiB of \(backing) memory cannot be had: \(error). \(advice)")
+    }
+  }
+
+  private static func makeSession(
+    _ memory: borrowing GuestMemoryObject, _ image: MemoryImage, _ options: RestoreOptions
+  ) throws(SnapshotError) -> PagerSession<ImageSource> {
+    do {
+      let region = try PagedRegion(memory, mode: options.mode)
+      let session = try PagerSession(
+        userfaultfd: try Userfaultfd(wanting: PagerSession<ImageSource>.features.wanted),
+        regions: [region], source: ImageSource(image), options: options.pager)
+      try session.start()
+      if options.strategy == .eager {
+        do {
+          try session.populate(progress: options.progress)
+        } catch {
+          // Damaged pages are poisoned; the guest runs and is told when it touches one.
+          guard error.code == .damagedPages else { throw error }
+        }
+      }
+      return session
+    } catch let error as Errno where error == .invalidArgument && options.mode == .minor {
+      throw SnapshotError(
+        .memory, "\(options.backing) memory has no minor faults; use memfd or hugetlb memory")
+    } catch {
+      throw SnapshotError(.pager, "\(error)")
+    }
+  }
+}

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import CGuestProgram
+internal import KVM
+internal import LinuxSystem
+internal import Synchronization
+internal import SystemPackage
+
+/// Runs the guest's program in a virtual machine without any devices.
+///
+/// The guest is in 64-bit mode at privilege level 3 with IOPL 3, which KVM_PVM runs on the
+/// processor while it would emulate level 0. Its port input and output is the protocol of
+/// guest.S.
+final class KVMMachine: GuestMachine {
+  /// KVM's cost of a slot grows with its pages (1 ms for each GiB under shadow paging), so
+  /// the guest starts with the first piece and gets the others while it runs.
+  private static let slotPiece = 1 << 30
+  private static let sampleSlot: UInt32 = 1000
+
+  struct Slots: Sendable {
+    /// Bytes of guest memory that have slots.
+    var installed = 0
+    var failure: GuestError?
+    var isEnding = false
+  }
+
+  let memory: HostRange
+  let slots = Monitor(Slots())
+  let processors: [KVMProcessor]
+  private let machine: VirtualMachine
+  private let stateMSRs: [UInt32]
+  private let slotThread = Mutex<JoinableThread?>(nil)
+  private let sampleBuffer = Mutex<HostRange?>(nil)
+
+  /// A machine whose vCPUs stand at the program's entry.
+  convenience init(booting memory: HostRange, processors count: Int) throws(GuestError) {
+    let system = try Self.open()
+    let cpuid = try host("Asking KVM for the CPUID of guests") { () throws(Errno) in
+      try system.supportedCPUID()
+    }
+    try self.init(memory, system, count) { vcpu, index throws(Errno) in
+      try vcpu.setCPUID(cpuid)
+      try vcpu.enterLongMode(
+        pageTables: GuestAddress(UInt64(CGUEST_PML4)), userPrivilege: true)
+      var registers = GeneralRegisters()
+      registers.rip = UInt64(Int(CGUEST_PROGRAM) + cguest_program_entry_offset())
+      registers.rflags = 0x3002
+      registers.r15 = UInt64(GuestLayout.mailbox(of: index))
+      registers.rsp = registers.r15 + UInt64(CGUEST_MAILBOX_SIZE)
+      try vcpu.setRegisters(registers)
+    }
+  }
+
+  /// A machine whose vCPUs go on where they were saved.
+  convenience init(restoring memory: HostRange, states: [VCPUState]) throws(GuestError) {
+    let system = try Self.open()
+    try self.init(memory, system, states.count) { vcpu, index throws(Errno) in
+      try vcpu.restoreState(states[index])
+    }
+  }
+
+  private init(
+    _ memory: HostRange, _ system: borrowing KVMSystem, _ count: Int,
+    prepare: (borrowing VCPU, Int) throws(Errno) -> Void
+  ) throws(GuestError) {
+    self.memory = memory
+    try host("Installing the signal that interrupts vCPUs") { () throws(Errno) in
+      try KickSignal.install()
+    }
+    let machine = try host("Creating a virtual machine") { () throws(Errno) in
+      try VirtualMachine(system)
+    }
+    stateMSRs = try host("Asking KVM for its list of MSRs") { () throws(Errno) in
+      try system.stateMSRs()
+    }
+    var processors: [KVMProcessor] = []
+    for index in 0..<count {
+      processors.append(
+        try host("Preparing vCPU \(index)") { () throws(Errno) in
+          let vcpu = try VCPU(machine, identifier: index)
+          try prepare(vcpu, index)
+          return KVMProcessor(vcpu)
+        })
+    }
+    self.processors = processors
+    self.machine = machine
+    try installSlot(at: 0)
+    if memory.length > Self.slotPiece {
+      let thread = try JoinableThread(name: "guest-slots") { [self] in installOtherSlots() }
+      slotThread.withLock { $0 = thread }
+    }
+  }
+
+  private static func open() throws(GuestError) -> KVMSystem {
+    try host("Opening /dev/kvm") { () throws(Errno) in try KVMSystem() }
+  }
+
+  // MARK: - Memory slots
+
+  private func installSlot(at offset: Int) throws(GuestError) {
+    let length = min(Self.slotPiece, memory.length - offset)
+    try host("Giving the guest \(length) bytes of memory at \(offset)") { () throws(Errno) in
+      try machine.setMemory(
+        slot: UInt32(offset / Self.slotPiece), at: GuestAddress(UInt64(offset)),
+        to: HostRange(start: memory.start.advanced(by: offset), length: length))
+    }
+    slots.withLock { $0.installed = offset + length }
+  }
+
+  private func installOtherSlots() {
+    for offset in stride(from: Self.slotPiece, to: memory.length, by: Self.slotPiece) {
+      guard !slots.withLock({ $0.isEnding }) else { return }
+      do {
+        try installSlot(at: offset)
+      } catch {
+        slots.withLock { $0.failure = error }
+        return
+      }
+    }
+  }
+
+  /// Waits until an address of guest memory has its slot.
+  func waitForSlot(_ address: GuestAddress) throws(GuestError) {
+    let failure = slots.wait { slots -> GuestError?? in
+      if let failure = slots.failure { return .some(failure) }
+      return address.rawValue < UInt64(slots.installed) ? .some(nil) : nil
+    }
+    if let failure { throw failure }
+  }
+
+  // MARK: - GuestMachine
+
+  func kick(_ index: Int) { processors[index].vcpu.kick.send() }
+
+  func saveRegisters(_ index: Int) throws(GuestError) -> [UInt8] {
+    try host("Saving the state of vCPU \(index)") { () throws(Errno) in
+      try processors[index].vcpu.saveState(msrs: stateMSRs).encode()
+    }
+  }
+
+  /// The guest itself knows where it is.
+  func progress(_ index: Int, of item: WorkloadItem) -> WorkloadItem { item }
+
+  func attachSamples(_ buffer: HostRange) throws(GuestError) -> UInt64 {
+    let base = UInt64(CGUEST_SAMPLE_BASE)
+    let present = sampleBuffer.withLock { $0 }
+    if present == buffer { return base }
+    try host("Giving the guest room for samples") { () throws(Errno) in
+      if present != nil { try machine.removeMemory(slot: Self.sampleSlot) }
+      try machine.setMemory(slot: Self.sampleSlot, at: GuestAddress(base), to: buffer)
+    }
+    sampleBuffer.withLock { $0 = buffer }
+    return base
+  }
+
+  func finish() {
+    slots.withLock { $0.isEnding = true }
+    let thread = slotThread.withLock { $0.take() }
+    thread?.join()
+  }
+}
+
+/// A vCPU behind a shared reference.
+final class KVMProcessor: Sendable {
+  let vcpu: VCPU
+  init(_ vcpu: consuming VCPU) { self.vcpu = vcpu }
+}

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+
+public import ArgumentParser
+public import GuestMemory
+import LinuxSystem
+public import Pager
+public import SnapshotRestore
+import TestGuest
+
+/// A size such as 64M or 1G.
+struct MemorySize: ExpressibleByArgument, Equatable {
+  let bytes: Int
+
+  init(bytes: Int) { self.bytes = bytes }
+
+  init?(argument: String) {
+    let units: [Character: Int] = ["K": 1 << 10, "M": 1 << 20, "G": 1 << 30]
+    var digits = argument.uppercased()
+    if digits.hasSuffix("IB") { digits.removeLast(2) }
+    let unit = digits.last.flatMap { units[$0] }
+    if unit != nil { digits.removeLast() }
+    guard let number = Int(digits), number > 0 else { return nil }
+    let (bytes, overflow) = number.multipliedReportingOverflow(by: unit ?? 1)
+    guard !overflow else { return nil }
+    self.bytes = bytes
+  }
+
+  var defaultValueDescription: String {
+    bytes % (1 << 30) == 0 ? "\(bytes >> 30)G" : "\(bytes >> 20)M"
+  }
+}
+
+extension MemoryBacking: ExpressibleByArgument {
+  /// Takes the names that `allNamed` has.
+  public init?(argument: String) { self.init(name: argument) }
+  /// For help and completion.
+  public static var allValueStrings: [String] { allNamed.map(\.description) }
+  /// The name.
+  public var defaultValueDescription: String { description }
+}
+
+extension ResolutionMode: ExpressibleByArgument {}
+extension RestoreStrategy: ExpressibleByArgument {}
+
+/// What runs the guest.
+enum GuestKind: String, ExpressibleByArgument, CaseIterable {
+  case automatic, kvm, process
+
+  /// The kind to use here; says so when it is not KVM.
+  func resolve() throws -> TestGuest.Kind {
+    switch self {
+    case .process: return .process
+    case .kvm:
+      guard TestGuest.kvmIsAvailable() else {
+        throw CommandFailure(
+          "/dev/kvm cannot be used here; `faultline doctor` says why. Use --guest process.")
+      }
+      return .kvm
+    case .automatic:
+      if TestGuest.kvmIsAvailable() { return .kvm }
+      Terminal.note("/dev/kvm cannot be used here: the guest runs as threads of a plain process.")
+      return .process
+    }
+  }
+}
+
+/// The guest's memory, for verbs that make some.
+struct MemoryOptions: ParsableArguments {
+  @Option(
+    help: ArgumentHelp(
+      "What the guest's memory is made of: anonymous, memfd, hugetlb-2M or hugetlb-1G.",
+      valueName: "kind"))
+  var backing: MemoryBacking = .anonymous
+}

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+
+import ArgumentParser
+import GuestMemory
+import LinuxSystem
+import MemoryImage
+import Pager
+import SnapshotRestore
+import SystemPackage
+import TestGuest
+
+/// Runs a saved test guest again.
+struct RestoreCommand: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    commandName: "restore",
+    abstract: "Run a saved test guest again, lazily, and let it verify its own memory.",
+    discussion: """
+      The guest runs at once. A page that it touches is read from the image, checked, and
+      given to it; a page whose checksum fails is poisoned, and the guest is told.
+
+      faultline restore guest.img
+      faultline restore guest.img --backing memfd --faults minor --order random
+      faultline restore guest.img --strategy eager             all memory first, for comparison
+      faultline restore guest.img --workload touch             touch every page once, timed
+      """)
+
+  enum Work: String, ExpressibleByArgument, CaseIterable { case verify, touch, none }
+  enum Order: String, ExpressibleByArgument, CaseIterable { case sequential, random }
+
+  @Argument(help: "An image that `faultline snapshot` wrote.", completion: .file())
+  var image: String
+  @Option(help: "lazy: pages come when they are touched; eager: all of them before the start.")
+  var strategy: RestoreStrategy = .lazy
+  @Option(help: "missing: UFFDIO_COPY; minor: page cache and UFFDIO_CONTINUE (shared memory).")
+  var faults: ResolutionMode = .missing
+  @OptionGroup var memoryOptions: MemoryOptions
+  @Option(help: "What the guest does: verify, touch or none.")
+  var workload: Work = .verify
+  @Option(help: "The order of its pages: sequential or random.")
+  var order: Order = .sequential
+  @Option(help: "Threads that serve faults, 1 to 64.")
+  var faultThreads = 2
+  @Flag(help: "Print one JSON object.")
+  var json = false
+
+  func validate() throws {
+    guard (1...64).contains(faultThreads) else {
+      throw ValidationError("--fault-threads must be 1 to 64")
+    }
+  }
+
+  func run() throws {
+    let progress = ProgressLine("restore")
+    defer { progress.finish() }
+    var options = RestoreOptions(
+      backing: memoryOptions.backing, mode: faults, strategy: strategy,
+      progress: progress.callback)
+    options.pager = PagerOptions(
+      faultThreads: faultThreads,
+      onFailure: { Terminal.note("faultline: \($0)") },
+      onEnd: { error in
+        // Nobody will resolve the guest's faults any more: better no guest than a stuck one.
+        Terminal.note("faultline: the pager has ended: \(error)")
+        RestoreCommand.exit(withError: ExitCode(1))
+      })
+    let restored = try RestoredGuest(FilePath(image), options)
+    progress.finish()
+    defer { restored.shutdown() }
+    var report = RestoreReport(restored, self)
+    report.firstInstructionNanoseconds = try restored.timeToFirstInstruction()
+    do throws(GuestError) {
+      try runWorkload(on: restored, &report)
+    } catch {
+      report.guestError = error.description
+    }
+    report.finish(restored)
+    try report.show(json: json)
+    if !report.isRight { throw wrongPagesStatus }
+  }
+
+  private func runWorkload(
+    on restored: RestoredGuest, _ report: inout RestoreReport
+  ) throws(GuestError) {
+    let metadata = restored.image.metadata
+    let seed = metadata["guest.seed"].flatMap { UInt64($0) } ?? 1
+    var options = WorkloadOptions()
+    let bounds = (metadata["guest.filled"] ?? "").split(separator: ".").compactMap {
+      Int($0.filter(\.isNumber))
+    }
+    if bounds.count == 2, bounds[0] < bounds[1] { options.pages = bounds[0]..<bounds[1] }
+    let pageOrder: PageOrder = order == .random ? .random : .sequential
+    switch workload {
+    case .none: break
+    case .verify:
+      let result = try restored.guest.run(.verify(seed: seed, order: pageOrder), options)
+      report.verifiedPages = result.pages
+      report.wrongPages = result.wrongPages
+      report.firstWrongPage = result.firstWrongPage
+    case .touch:
+      let result = try restored.guest.run(.touch(order: pageOrder, timed: true), options)
+      report.touched(result)
+    }
+  }
+}
