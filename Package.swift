@@ -97,6 +97,26 @@ let package = Package(
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),
     tests("TestGuestTests", ["TestGuest", "KVM", "LinuxSystem", "CGuestProgram"]),
-    tests("PagerTests", ["Pager", "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport"]),
+    tests(
+      "PagerTests",
+      [
+        "Pager", "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport", "guest-process",
+        "allocation-probe",
+      ]),
+    .executableTarget(
+      name: "guest-process",
+      dependencies: [
+        "TestSupport", "Pager", "GuestMemory", "Userfault", "LinuxSystem", systemPackage,
+      ],
+      path: "Tests/GuestProcess", swiftSettings: swiftSettings),
+    .target(
+      name: "CAllocationCount", path: "Tests/CAllocationCount", cSettings: cSettings),
+    .executableTarget(
+      name: "allocation-probe",
+      dependencies: [
+        "CAllocationCount", "TestSupport", "Pager", "MemoryImage", "GuestMemory", "Userfault",
+        "LinuxSystem", systemPackage,
+      ],
+      path: "Tests/AllocationProbe", swiftSettings: swiftSettings),
   ]
 )

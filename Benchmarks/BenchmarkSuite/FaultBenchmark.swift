@@ -26,7 +26,9 @@ public struct FaultBenchmark {
       let fixture = try FaultFixture(kind: kind)
       defer { fixture.remove() }
       for mode in ResolutionMode.allCases {
-        for result in try compare(fixture, mode) { try report(result) }
+        for pace in FaultPace.allCases {
+          for result in try compare(fixture, mode, pace) { try report(result) }
+        }
       }
     }
     for kind in kinds {
@@ -34,26 +36,26 @@ public struct FaultBenchmark {
     }
   }
 
-  private func compare(_ fixture: FaultFixture, _ mode: ResolutionMode) throws
-    -> [BenchmarkResult]
-  {
+  private func compare(
+    _ fixture: FaultFixture, _ mode: ResolutionMode, _ pace: FaultPace
+  ) throws -> [BenchmarkResult] {
     var ours: [TouchTimes] = []
     var peer: [TouchTimes] = []
     for round in 0...rounds {
       let (first, second): (TouchTimes, TouchTimes)
       if round % 2 == 0 {
-        first = try fixture.touchOurs(mode)
-        second = try fixture.touchPeer(mode)
+        first = try fixture.touchOurs(mode, pace)
+        second = try fixture.touchPeer(mode, pace)
       } else {
-        second = try fixture.touchPeer(mode)
-        first = try fixture.touchOurs(mode)
+        second = try fixture.touchPeer(mode, pace)
+        first = try fixture.touchOurs(mode, pace)
       }
       // The first round warms caches up.
       guard round > 0 else { continue }
       ours.append(first)
       peer.append(second)
     }
-    let name = "fault.\(fixture.kind == .kvm ? "kvm" : "process").\(mode.rawValue)"
+    let name = "fault.\(fixture.kind == .kvm ? "kvm" : "process").\(mode.rawValue).\(pace.rawValue)"
     return [
       BenchmarkResult(
         name: "\(name).p50", unit: "µs", ours: ours.map(\.p50), peer: peer.map(\.p50),
@@ -62,6 +64,21 @@ public struct FaultBenchmark {
         name: "\(name).p99", unit: "µs", ours: ours.map(\.p99), peer: peer.map(\.p99),
         limit: 1.2),
     ]
+  }
+}
+
+/// How fast faults follow each other.
+enum FaultPace: String, CaseIterable {
+  /// One right after the other: 7936 pages.
+  case stream
+  /// After 0.4 ms without one, when every handler sleeps: 400 pages.
+  case isolated
+
+  var options: WorkloadOptions {
+    switch self {
+    case .stream: WorkloadOptions()
+    case .isolated: WorkloadOptions(pages: 1024..<1424, batch: 1, interval: 400_000)
+    }
   }
 }
 

@@ -39,15 +39,15 @@ final class FaultFixture {
   func remove() { try? removeFile(image) }
 
   /// Restores with our pager and touches every page once, in a random order.
-  func touchOurs(_ mode: ResolutionMode) throws -> TouchTimes {
+  func touchOurs(_ mode: ResolutionMode, _ pace: FaultPace) throws -> TouchTimes {
     let restored = try RestoredGuest(
       image, RestoreOptions(backing: mode == .minor ? .memfd : .anonymous, mode: mode))
     defer { restored.shutdown() }
-    return try touch(restored.guest)
+    return try touch(restored.guest, pace)
   }
 
   /// The same with the minimal handler.
-  func touchPeer(_ mode: ResolutionMode) throws -> TouchTimes {
+  func touchPeer(_ mode: ResolutionMode, _ pace: FaultPace) throws -> TouchTimes {
     let memory = try GuestMemoryObject(
       backing: mode == .minor ? .memfd : .anonymous, length: Self.memoryLength)
     let userfaultfd = try Userfaultfd(wanting: [.missingShmem, .minorShmem])
@@ -66,11 +66,11 @@ final class FaultFixture {
     }
     let guest = try TestGuest(restoring: memory.range, states: states, kind: kind)
     defer { guest.shutdown() }
-    return try touch(guest)
+    return try touch(guest, pace)
   }
 
-  private func touch(_ guest: TestGuest) throws -> TouchTimes {
-    let report = try guest.run(.touch(order: .random, timed: true))
+  private func touch(_ guest: TestGuest, _ pace: FaultPace) throws -> TouchTimes {
+    let report = try guest.run(.touch(order: .random, timed: true), pace.options)
     return TouchTimes(samples: report.samples, ticksPerMicrosecond: ticksPerMicrosecond)
   }
 

@@ -60,6 +60,11 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
   private var queue: FaultQueue
   private let staging: StagingBuffer
   private let eventRoom = 32
+  /// When the last batch was read.
+  private var received: UInt64 = 0
+  /// Nanoseconds of `busyPoll`: at most, and now.
+  private let pollLimit: UInt64
+  private var pollWindow: UInt64 = 0
 
   init(session: PagerSession<Source>, index: Int) throws(Errno) {
     let poller = try Poller()
@@ -76,11 +81,17 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
     slot = session.counters[index]
     events = EventBuffer(capacity: eventRoom)
     queue = FaultQueue(capacity: 512)
+    pollLimit = session.options.faultThreads == 1 ? session.options.busyPollNanoseconds : 0
   }
 
   mutating func run() {
-    while true {
+    while !session.isStopping {
+      if busyPoll() {
+        serve()
+        continue
+      }
       let event: Poller.Event?
+      let start = MonotonicClock.nanoseconds
       do throws(Errno) {
         event = try poller.wait()
       } catch {
@@ -99,19 +110,40 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
           session.end(.failed(.ioError))
           return
         }
+        if MonotonicClock.nanoseconds &- start < pollLimit { pollWindow = pollLimit }
+        received = readEvents()
         serve()
       }
     }
   }
 
-  /// Reads what is pending and resolves it, until nothing is left.
+  // MARK: - Waiting
+
+  /// Looks for the next fault without going to sleep, as long as that has paid off: a
+  /// guest that faults again within the limit is spared two context switches.
+  ///
+  /// The window opens when a sleep turned out shorter than the limit, and halves
+  /// whenever looking was in vain; an idle session sleeps. Only for a single thread:
+  /// with several, the others would be woken for every fault that this one takes.
+  private mutating func busyPoll() -> Bool {
+    guard pollWindow > 0 else { return false }
+    let deadline = MonotonicClock.nanoseconds &+ pollWindow
+    while !session.isStopping {
+      received = readEvents()
+      if queue.count > 0 { return true }
+      if received >= deadline { break }
+    }
+    pollWindow = pollWindow < 5_000 ? 0 : pollWindow / 2
+    return false
+  }
+
+  /// Resolves what was read, until nothing is left.
   private mutating func serve() {
-    var started = readEvents()
     var fruitless = 0
     while let fault = queue.popFirst() {
       switch session.resolve(fault, staging: staging, counters: slot.counters) {
       case .resolved:
-        slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- started)
+        slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- received)
         fruitless = 0
       case .retry:
         // An event stands before the resolution: read it, then try again.
@@ -119,7 +151,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
         queue.append(fault)
         fruitless += 1
         if fruitless > 64 { Pause.microseconds(50) } else { Pause.yield() }
-        if queue.room >= eventRoom { started = readEvents() }
+        if queue.room >= eventRoom { received = readEvents() }
       case .ended:
         return
       }

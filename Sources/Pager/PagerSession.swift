@@ -12,6 +12,9 @@ public struct PagerOptions: Sendable {
   public var faultThreads: Int
   /// Threads that `populate` uses.
   public var populateThreads: Int
+  /// With one fault thread: how long it looks for the next fault before it sleeps, in
+  /// nanoseconds, while faults come that fast. 0 switches it off.
+  public var busyPollNanoseconds: UInt64 = 100_000
   /// Called from a fault thread when a page has no right content. It must not touch
   /// the memory that is served.
   public var onFailure: (@Sendable (PageFailure) -> Void)?
@@ -19,9 +22,10 @@ public struct PagerOptions: Sendable {
   /// from a fault thread, so it must not call `stop`.
   public var onEnd: (@Sendable (PagerError) -> Void)?
 
-  /// Options with the defaults: two threads of each kind.
+  /// Options with the defaults: one thread for faults, which is best for a guest with
+  /// one vCPU, and two for filling.
   public init(
-    faultThreads: Int = 2, populateThreads: Int = 2,
+    faultThreads: Int = 1, populateThreads: Int = 2,
     onFailure: (@Sendable (PageFailure) -> Void)? = nil,
     onEnd: (@Sendable (PagerError) -> Void)? = nil
   ) {
@@ -58,6 +62,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
 
   let gate = ReadWriteLock()
   let stopSign: EventDescriptor
+  private let stopRequested = Atomic<Bool>(false)
   let counters: [WorkerSlot]
   private let process: OwnedDescriptor?
   private let state = Mutex(State())
@@ -173,6 +178,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
     let running = state.withLock { !$0.threads.isEmpty }
     guard !running else { return }
     stopSign.reset()
+    stopRequested.store(false, ordering: .releasing)
     for index in 0..<options.faultThreads {
       do {
         let worker = try FaultWorkerBox(session: self, index: index)
@@ -190,7 +196,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// Stops serving and returns when all fault threads have ended. The regions stay
   /// registered: whoever faults waits until `start` or `release`.
   public func stop() {
-    stopSign.signal()
+    requestStop()
     let threads = state.withLock { state in
       defer { state.threads = [] }
       return state.threads
@@ -208,6 +214,14 @@ public final class PagerSession<Source: PageSource>: Sendable {
       // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
       try? userfaultfd.unregister(region.host)
     }
+  }
+
+  /// Whether the fault threads are to end.
+  var isStopping: Bool { stopRequested.load(ordering: .acquiring) }
+
+  private func requestStop() {
+    stopRequested.store(true, ordering: .releasing)
+    stopSign.signal()
   }
 
   /// Wakes all waiters; those whose page is not there fault again.
@@ -243,7 +257,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
       defer { state.end = state.end ?? reason }
       return state.end == nil
     }
-    stopSign.signal()
+    requestStop()
     if isFirst, let error = endError { options.onEnd?(error) }
   }
 
@@ -269,9 +283,14 @@ public final class PagerSession<Source: PageSource>: Sendable {
     }
   }
 
-  /// The region that holds an address.
+  /// The region that holds an address: binary search, for a VMM can have hundreds.
   func region(at address: HostAddress) -> PagedRegion? {
-    for region in regions where region.host.contains(address) { return region }
-    return nil
+    var (low, high) = (0, regions.count)
+    while low < high {
+      let middle = (low + high) / 2
+      if regions[middle].host.end <= address { low = middle + 1 } else { high = middle }
+    }
+    guard low < regions.count, regions[low].host.contains(address) else { return nil }
+    return regions[low]
   }
 }

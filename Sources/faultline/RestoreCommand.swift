@@ -38,8 +38,8 @@ struct RestoreCommand: ParsableCommand {
   var workload: Work = .verify
   @Option(help: "The order of its pages: sequential or random.")
   var order: Order = .sequential
-  @Option(help: "Threads that serve faults, 1 to 64.")
-  var faultThreads = 2
+  @Option(help: "Threads that serve faults, 1 to 64. One is best for one vCPU.")
+  var faultThreads = 1
   @Flag(help: "Print one JSON object.")
   var json = false
 

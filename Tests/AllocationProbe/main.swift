@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Serves faults from an image and prints how many allocations that took, all threads of
+// the process together. Usage: allocation-probe missing|minor THREADS IMAGE
+
+import CAllocationCount
+import GuestMemory
+import LinuxSystem
+import MemoryImage
+import Pager
+import SystemPackage
+import TestSupport
+import Userfault
+
+let arguments = CommandLine.arguments
+guard arguments.count == 4, let mode = ResolutionMode(rawValue: arguments[1]),
+  let threads = Int(arguments[2])
+else { fatalError("usage: allocation-probe missing|minor THREADS IMAGE") }
+let blocks = 4096
+let path = FilePath(arguments[3])
+
+let content = try GuestMemoryObject(backing: .anonymous, length: blocks * 4096)
+for block in 0..<blocks where block % 8 != 7 {
+  store(UInt64(block) + 1, content.range, offset: block * 4096)
+}
+func writeImage() throws {
+  let writer = try ImageWriter(
+    path: path,
+    regions: [
+      ImageRegion(
+        name: "ram", guestAddress: GuestAddress(0), length: blocks * 4096, pageSize: .size4KiB)
+    ])
+  // SAFETY: the mapping is this long, and nobody else writes to it.
+  try unsafe writer.write(
+    region: 0, firstBlock: 0,
+    bytes: UnsafeRawBufferPointer(start: content.mapping.pointer, count: blocks * 4096))
+  try writer.finish()
+}
+try writeImage()
+
+let memory = try GuestMemoryObject(
+  backing: mode == .minor ? .memfd : .anonymous, length: blocks * 4096)
+let session = try PagerSession(
+  userfaultfd: try Userfaultfd(wanting: PagerSession<ImageSource>.features.wanted),
+  regions: [try PagedRegion(memory, mode: mode)],
+  source: ImageSource(try MemoryImage(path: path)),
+  options: PagerOptions(faultThreads: threads))
+try session.start()
+// What is made on first use is made by the first few faults.
+var sum: UInt64 = 0
+for block in 0..<64 { sum &+= load(memory.range, offset: block * 4096) }
+let before = callocation_count()
+for block in 64..<blocks { sum &+= load(memory.range, offset: block * 4096) }
+let allocations = callocation_count() - before
+session.release()
+var expected: UInt64 = 0
+for block in 0..<blocks where block % 8 != 7 { expected += UInt64(block) + 1 }
+print("faults=\(session.statistics.faults) allocations=\(allocations) right=\(sum == expected)")

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// A process whose memory another process serves: for tests that kill it, or that serve
+// it over a descriptor. Usage: guest-process SOCKET PAGES THREADS
+
+import GuestMemory
+import LinuxSystem
+import Pager
+import Synchronization
+import SystemPackage
+import TestSupport
+import Userfault
+
+let arguments = CommandLine.arguments
+guard arguments.count == 4, let pages = Int(arguments[2]), let threads = Int(arguments[3]) else {
+  fatalError("usage: guest-process SOCKET PAGES THREADS")
+}
+let socket = try UnixSocket(connectingTo: FilePath(arguments[1]))
+let memory = try GuestMemoryObject(backing: .anonymous, length: pages * 4096)
+let userfaultfd = try Userfaultfd(wanting: PagerSession<PatternSource>.features.wanted)
+try userfaultfd.register(memory.range, modes: .missing)
+let hello = "\(memory.range.start.rawValue) \(userfaultfd.features.rawValue)"
+try socket.send(Array(hello.utf8), descriptors: [userfaultfd.descriptor.rawValue])
+// The other side answers when it serves.
+_ = try socket.receive(limit: 1)
+
+let wrong = Atomic<Int>(0)
+let range = memory.range
+try inThreads(threads) { thread in
+  for index in 0..<pages {
+    let block = (index &* 7 &+ thread &* 31) % pages
+    if load(range, offset: block * 4096) != PatternSource.word(block: block, seed: 7) {
+      wrong.wrappingAdd(1, ordering: .relaxed)
+    }
+  }
+}
+try socket.send(Array("\(wrong.load(ordering: .relaxed))".utf8))
+withExtendedLifetime(memory) {}

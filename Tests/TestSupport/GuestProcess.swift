@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package import Foundation
+import Glibc
+package import LinuxSystem
+package import Pager
+import SystemPackage
+import Userfault
+
+/// The executable `guest-process` and the descriptor that it handed over.
+package final class GuestProcess: Sendable {
+  package let process: Process
+  package let socket: UnixSocket
+  package let region: PagedRegion
+  private let received: OwnedDescriptor
+  private let features: UserfaultFeatures
+
+  package init(pages: Int, threads: Int) throws {
+    let path = FileManager.default.temporaryDirectory.path + "/faultline-\(UUID().uuidString)"
+    let listener = try UnixListener(path: FilePath(path))
+    defer { try? FileManager.default.removeItem(atPath: path) }
+    let process = Process()
+    process.executableURL = builtProduct("guest-process")
+    process.arguments = [path, "\(pages)", "\(threads)"]
+    try process.run()
+    let socket = try listener.accept()
+    let message = try socket.receive(limit: 128)
+    let words = String(decoding: message.bytes, as: UTF8.self).split(separator: " ")
+    guard message.descriptors.count == 1, words.count == 2, let start = UInt64(words[0]),
+      let features = UInt64(words[1])
+    else { throw Errno.protocolError }
+    received = OwnedDescriptor(owning: message.descriptors[0])
+    self.features = UserfaultFeatures(rawValue: features)
+    region = try PagedRegion(
+      host: HostRange(start: HostAddress(start), length: pages * 4096), pageSize: .size4KiB,
+      guestAddress: GuestAddress(0))
+    self.process = process
+    self.socket = socket
+  }
+
+  deinit { kill() }
+
+  /// A session over a duplicate of the descriptor; the page states are shared by all.
+  package func session(
+    _ source: PatternSource, watchesProcess: Bool = true
+  ) throws -> PagerSession<PatternSource> {
+    let userfaultfd = try Userfaultfd(adopting: received.duplicate(), features: features)
+    guard watchesProcess else {
+      return try PagerSession(
+        userfaultfd: userfaultfd, regions: [region], source: source, registers: false)
+    }
+    return try PagerSession(
+      userfaultfd: userfaultfd, regions: [region], source: source, registers: false,
+      process: try openProcess(process.processIdentifier))
+  }
+
+  /// Lets its threads begin.
+  package func go() throws { try socket.send([1]) }
+
+  /// How many wrong words it read, when it is through.
+  package func wrongWords() throws -> Int? {
+    Int(String(decoding: try socket.receive(limit: 64).bytes, as: UTF8.self))
+  }
+
+  /// kill -9, and waits until it is gone.
+  package func kill() {
+    if process.isRunning { _ = Glibc.kill(process.processIdentifier, SIGKILL) }
+    process.waitUntilExit()
+  }
+}
+
+/// An executable of this package, beside the running test.
+package func builtProduct(_ name: String) -> URL {
+  URL(fileURLWithPath: "/proc/self/exe").resolvingSymlinksInPath().deletingLastPathComponent()
+    .appendingPathComponent(name)
+}
