@@ -96,7 +96,8 @@ let package = Package(
     tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),
-    tests("TestGuestTests", ["TestGuest", "KVM", "LinuxSystem", "CGuestProgram"]),
+    tests(
+      "TestGuestTests", ["TestGuest", "KVM", "Userfault", "LinuxSystem", "CGuestProgram"]),
     tests(
       "PagerTests",
       [

@@ -58,7 +58,8 @@ extension VCPU {
   public borrowing func bytes(of component: VCPUComponent) throws(Errno) -> [UInt8] {
     let number = descriptor.rawValue
     switch component {
-    case .registers: return try unsafe read(kvm_regs.self) { unsafe clinux_kvm_get_regs(number, $0) }
+    case .registers:
+      return try unsafe read(kvm_regs.self) { unsafe clinux_kvm_get_regs(number, $0) }
     case .systemRegisters:
       return try unsafe read(kvm_sregs.self) { unsafe clinux_kvm_get_sregs(number, $0) }
     case .extendedState:
@@ -91,7 +92,8 @@ extension VCPU {
     guard component.accepts(bytes.count) else { throw .invalidArgument }
     let number = descriptor.rawValue
     switch component {
-    case .registers: try unsafe write(kvm_regs.self, bytes) { unsafe clinux_kvm_set_regs(number, $0) }
+    case .registers:
+      try unsafe write(kvm_regs.self, bytes) { unsafe clinux_kvm_set_regs(number, $0) }
     case .systemRegisters:
       try unsafe write(kvm_sregs.self, bytes) { unsafe clinux_kvm_set_sregs(number, $0) }
     case .extendedState:
@@ -105,7 +107,9 @@ extension VCPU {
     case .debugRegisters:
       try unsafe write(kvm_debugregs.self, bytes) { unsafe clinux_kvm_set_debugregs(number, $0) }
     case .events:
-      try unsafe write(kvm_vcpu_events.self, bytes) { unsafe clinux_kvm_set_vcpu_events(number, $0) }
+      try unsafe write(kvm_vcpu_events.self, bytes) {
+        unsafe clinux_kvm_set_vcpu_events(number, $0)
+      }
     case .runState:
       try unsafe write(kvm_mp_state.self, bytes) { unsafe clinux_kvm_set_mp_state(number, $0) }
     case .localAPIC:

@@ -76,7 +76,7 @@ public struct VirtualMachine: ~Copyable, Sendable {
   /// that exists (KVM_SET_USER_MEMORY_REGION).
   ///
   /// KVM sets up tables for each page when it shadows page tables: about 1 ms for each
-  /// GiB (see docs/vcpu-state.md).
+  /// GiB (docs/vcpu-state.md, "Memory slots").
   /// - Parameters:
   ///   - slot: the number of the slot.
   ///   - address: a multiple of 4 KiB.

@@ -18,6 +18,11 @@ public struct Poller: ~Copyable, Sendable {
     public let tag: UInt64
     /// `false` when it only has EPOLLERR or EPOLLHUP.
     public let isReadable: Bool
+
+    init(tag: UInt64, isReadable: Bool) {
+      self.tag = tag
+      self.isReadable = isReadable
+    }
   }
 
   /// Watches a descriptor for being readable, level-triggered.

@@ -51,11 +51,9 @@ struct StagingBuffer: ~Copyable {
 /// One fault thread: waits, reads events, resolves faults. After `init` it allocates
 /// nothing, and it never touches the memory that it serves.
 struct FaultWorker<Source: PageSource>: ~Copyable {
-  private enum Tag: UInt64 { case faults, stop, process }
-
   let session: PagerSession<Source>
   private let slot: PagerSession<Source>.WorkerSlot
-  private let poller: Poller
+  private let waiter: FaultWaiter
   private var events: EventBuffer
   private var queue: FaultQueue
   private let staging: StagingBuffer
@@ -67,16 +65,10 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
   private var pollWindow: UInt64 = 0
 
   init(session: PagerSession<Source>, index: Int) throws(Errno) {
-    let poller = try Poller()
-    try poller.add(
-      session.userfaultfd.descriptor.rawValue, tag: Tag.faults.rawValue, exclusive: true)
-    try poller.add(session.stopSign.descriptor.rawValue, tag: Tag.stop.rawValue)
-    if session.processDescriptor >= 0 {
-      try poller.add(session.processDescriptor, tag: Tag.process.rawValue)
-    }
+    let waiter = try FaultWaiter(session)
     let largest = session.regions.map(\.pageSize.bytes).max() ?? 4096
     staging = try StagingBuffer(length: largest)
-    self.poller = poller
+    self.waiter = waiter
     self.session = session
     slot = session.counters[index]
     events = EventBuffer(capacity: eventRoom)
@@ -93,12 +85,12 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
       let event: Poller.Event?
       let start = MonotonicClock.nanoseconds
       do throws(Errno) {
-        event = try poller.wait()
+        event = try waiter.wait()
       } catch {
         session.end(.failed(error))
         return
       }
-      switch event.flatMap({ Tag(rawValue: $0.tag) }) {
+      switch event.flatMap({ FaultWaiter.Tag(rawValue: $0.tag) }) {
       case nil: continue
       case .stop: return
       case .process:
@@ -110,8 +102,8 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
           session.end(.failed(.ioError))
           return
         }
-        if MonotonicClock.nanoseconds &- start < pollLimit { pollWindow = pollLimit }
         received = readEvents()
+        if received &- start < pollLimit { pollWindow = pollLimit }
         serve()
       }
     }
@@ -206,5 +198,6 @@ final class FaultWorkerBox<Source: PageSource>: @unchecked Sendable {
     worker = try FaultWorker(session: session, index: index)
   }
 
+  @specialized(where Source == ImageSource)
   func run() { worker.run() }
 }

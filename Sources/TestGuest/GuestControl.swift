@@ -136,7 +136,11 @@ final class GuestControl: Sendable {
 
   private static func stop(_ state: inout State) {
     state.isStopping = true
-    for index in state.processors.indices { state.processors[index].queue.removeAll() }
+    for index in state.processors.indices {
+      // What was not begun, or not gone on with after a restore, is reported as it is.
+      state.processors[index].results += state.processors[index].queue.map { WorkloadResult($0) }
+      state.processors[index].queue.removeAll()
+    }
     noteProgress(&state)
   }
 

@@ -88,7 +88,8 @@ struct GuestState: Sendable {
   }
 
   private static func item(_ cursor: inout ByteCursor) throws(GuestError) -> WorkloadItem {
-    guard let bytes = cursor.take(WorkloadItem.byteCount), let item = WorkloadItem(bytes: bytes[...])
+    guard let bytes = cursor.take(WorkloadItem.byteCount),
+      let item = WorkloadItem(bytes: bytes[...])
     else { throw damaged("it ends within its workload") }
     return item
   }

@@ -17,7 +17,10 @@ extension KVMMachine {
       if isFirst {
         // A kick says nothing about the guest; every other exit is the guest's doing.
         isFirst = exit == .interrupted
-        if !isFirst { control.noteExit() }
+        if !isFirst {
+          control.noteExit()
+          noteRunning()
+        }
       }
       guard try handle(exit, index, control) else { return }
     }

@@ -12,14 +12,17 @@ internal import SystemPackage
 /// processor while it would emulate level 0. Its port input and output is the protocol of
 /// guest.S.
 final class KVMMachine: GuestMachine {
-  /// KVM's cost of a slot grows with its pages (1 ms for each GiB under shadow paging), so
-  /// the guest starts with the first piece and gets the others while it runs.
-  private static let slotPiece = 1 << 30
+  /// KVM's cost of a slot grows with its pages (0.5 to 2 ms for each GiB where it shadows
+  /// page tables), so the guest starts with a small slot and gets the others, up to each
+  /// full GiB, after its first exit.
+  private static let firstSlot = 256 << 20
   private static let sampleSlot: UInt32 = 1000
 
   struct Slots: Sendable {
     /// Bytes of guest memory that have slots.
     var installed = 0
+    /// The guest runs: from now on installing slots holds nothing up.
+    var isRunning = false
     var failure: GuestError?
     var isEnding = false
   }
@@ -84,8 +87,8 @@ final class KVMMachine: GuestMachine {
     }
     self.processors = processors
     self.machine = machine
-    try installSlot(at: 0)
-    if memory.length > Self.slotPiece {
+    try installSlot(0, upTo: min(Self.firstSlot, memory.length))
+    if memory.length > Self.firstSlot {
       let thread = try JoinableThread(name: "guest-slots") { [self] in installOtherSlots() }
       slotThread.withLock { $0 = thread }
     }
@@ -97,27 +100,34 @@ final class KVMMachine: GuestMachine {
 
   // MARK: - Memory slots
 
-  private func installSlot(at offset: Int) throws(GuestError) {
-    let length = min(Self.slotPiece, memory.length - offset)
-    try host("Giving the guest \(length) bytes of memory at \(offset)") { () throws(Errno) in
+  /// Installs what lies between the slots so far and `end`.
+  private func installSlot(_ number: UInt32, upTo end: Int) throws(GuestError) {
+    let start = slots.withLock { $0.installed }
+    try host("Giving the guest its memory from \(start) to \(end)") { () throws(Errno) in
       try machine.setMemory(
-        slot: UInt32(offset / Self.slotPiece), at: GuestAddress(UInt64(offset)),
-        to: HostRange(start: memory.start.advanced(by: offset), length: length))
+        slot: number, at: GuestAddress(UInt64(start)),
+        to: HostRange(start: memory.start.advanced(by: start), length: end - start))
     }
-    slots.withLock { $0.installed = offset + length }
+    slots.withLock { $0.installed = end }
   }
 
   private func installOtherSlots() {
-    for offset in stride(from: Self.slotPiece, to: memory.length, by: Self.slotPiece) {
-      guard !slots.withLock({ $0.isEnding }) else { return }
+    slots.wait { $0.isRunning || $0.isEnding ? () : nil }
+    var number: UInt32 = 1
+    while !slots.withLock({ $0.isEnding || $0.installed == memory.length }) {
+      let end = min(Int(number) * GuestLayout.gibibyte, memory.length)
       do {
-        try installSlot(at: offset)
+        try installSlot(number, upTo: end)
       } catch {
         slots.withLock { $0.failure = error }
         return
       }
+      number += 1
     }
   }
+
+  /// The guest has had an exit.
+  func noteRunning() { slots.withLock { $0.isRunning = true } }
 
   /// Waits until an address of guest memory has its slot.
   func waitForSlot(_ address: GuestAddress) throws(GuestError) {

@@ -89,8 +89,8 @@ struct WorkloadPlan {
   /// Ranges of about the same length, in order.
   static func divide(_ pages: Range<Int>, among count: Int) -> [Range<Int>] {
     (0..<count).map { index in
-      pages.lowerBound + pages.count * index / count
-        ..< pages.lowerBound + pages.count * (index + 1) / count
+      pages.lowerBound + pages.count * index / count..<pages.lowerBound + pages.count * (index + 1)
+        / count
     }
   }
 

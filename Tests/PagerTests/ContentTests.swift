@@ -17,6 +17,16 @@ func available(_ kind: MemoryCase) -> Bool {
 /// The cases of this machine; huge pages only where the pool has some.
 let cases = MemoryCase.all.filter(available)
 
+@Suite("What these tests cover")
+struct CoverageTests {
+  @Test(
+    "2 MiB pages are among the cases",
+    .enabled(if: Host.hasHugePages(8), "needs 8 free 2 MiB pages in /proc/sys/vm/nr_hugepages"))
+  func hugePages() {
+    #expect(cases.contains { $0.backing == .hugetlb(.size2MiB) })
+  }
+}
+
 @Suite("Every page that arrives is the source's")
 struct ContentTests {
   @Test("Concurrent touches from many threads read the right content", arguments: cases)
