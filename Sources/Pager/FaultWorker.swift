@@ -8,7 +8,13 @@ internal import Userfault
 /// Faults that were read and wait to be resolved: first in, first out, of fixed size.
 @safe
 struct FaultQueue: ~Copyable {
-  private let slots: UnsafeMutableBufferPointer<PageFault>
+  /// A fault and when it was read.
+  struct Entry {
+    var fault: PageFault
+    var received: UInt64
+  }
+
+  private let slots: UnsafeMutableBufferPointer<Entry>
   private var head = 0
   private(set) var count = 0
 
@@ -17,19 +23,19 @@ struct FaultQueue: ~Copyable {
 
   var room: Int { unsafe slots.count - count }
 
-  mutating func append(_ fault: PageFault) {
+  mutating func append(_ entry: Entry) {
     precondition(room > 0)
-    unsafe slots[(head + count) % slots.count] = fault
+    unsafe slots[(head + count) % slots.count] = entry
     count += 1
   }
 
-  mutating func popFirst() -> PageFault? {
+  mutating func popFirst() -> Entry? {
     guard count > 0 else { return nil }
     // SAFETY: slots from head on, `count` of them, were stored by `append`.
-    let fault = unsafe slots[head]
+    let entry = unsafe slots[head]
     unsafe head = (head + 1) % slots.count
     count -= 1
-    return fault
+    return entry
   }
 }
 
@@ -98,7 +104,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
         return
       case .faults:
         guard event?.isReadable == true else {
-          // EPOLLERR without EPOLLIN: not a userfaultfd that can be served.
+          // An error and nothing to read: not a userfaultfd that can be served.
           session.end(.failed(.ioError))
           return
         }
@@ -132,18 +138,23 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
   /// Resolves what was read, until nothing is left.
   private mutating func serve() {
     var fruitless = 0
-    while let fault = queue.popFirst() {
-      switch session.resolve(fault, staging: staging, counters: slot.counters) {
+    while let entry = queue.popFirst() {
+      switch session.resolve(entry.fault, staging: staging, counters: slot.counters) {
       case .resolved:
-        slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- received)
+        slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- entry.received)
         fruitless = 0
       case .retry:
         // An event stands before the resolution: read it, then try again.
         slot.counters.retries.add()
-        queue.append(fault)
+        if queue.room > eventRoom {
+          queue.append(entry)
+        } else {
+          // Room for the event goes first; woken, the thread faults again.
+          try? session.userfaultfd.wake(session.page(of: entry.fault))
+        }
         fruitless += 1
         if fruitless > 64 { Pause.microseconds(50) } else { Pause.yield() }
-        if queue.room >= eventRoom { received = readEvents() }
+        received = readEvents()
       case .ended:
         return
       }
@@ -159,6 +170,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
       } catch {
         session.end(.failed(error))
       }
+      let now = MonotonicClock.nanoseconds
       while let event = events.pop() {
         switch consume event {
         case .pageFault(let fault):
@@ -167,7 +179,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
           } else {
             slot.counters.missingFaults.add()
           }
-          queue.append(fault)
+          queue.append(FaultQueue.Entry(fault: fault, received: now))
         case .remove(let range):
           slot.counters.removeEvents.add()
           session.mark(range, as: .removed)
@@ -183,8 +195,8 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
           session.end(.failed(.notSupported))
         }
       }
+      return now
     }
-    return MonotonicClock.nanoseconds
   }
 }
 

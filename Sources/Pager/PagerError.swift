@@ -17,7 +17,7 @@ public struct PagerError: Error, Sendable, CustomStringConvertible {
     public static let registration = Self(.registration)
     /// No memory, thread or descriptor for the session.
     public static let resources = Self(.resources)
-    /// Pages have no right content; they were poisoned.
+    /// Pages have no right content; they were poisoned where the kernel can.
     public static let damagedPages = Self(.damagedPages)
     /// The session has ended, or its guest is gone.
     public static let ended = Self(.ended)

@@ -58,7 +58,9 @@ extension PagerSession {
     let damaged = statistics.failedPages - failed
     guard damaged == 0 else {
       throw PagerError(
-        .damagedPages, "\(damaged) pages have no right content and were poisoned")
+        .damagedPages,
+        "\(damaged) pages have no right content; they were "
+          + (canPoison ? "poisoned" : "left out, and a touch waits"))
     }
   }
 
@@ -109,9 +111,13 @@ extension PagerSession {
     } catch {
       // One of the pages is damaged; page by page finds out which.
     }
-    while case .retry = fetchAndInstall(first, region, staging, counters) {
+    var outcome = fetchAndInstall(first, region, staging, counters)
+    while case .retry = outcome {
+      // An event may have changed the page meanwhile, so from here on it is a fault like
+      // any other: whatever it has become, those who wait for it are woken.
       Pause.microseconds(50)
-      guard region.states.claim(from: first, limit: 1) == 1 else { return 1 }
+      let page = PageFault(address: region.range(of: first).start, flags: [])
+      outcome = resolve(page, staging: staging, counters: counters)
     }
     if region.states.load(first) == .present { counters.populatedPages.add() }
     return 1

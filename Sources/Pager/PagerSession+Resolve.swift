@@ -79,7 +79,8 @@ extension PagerSession {
     do {
       fill = try fetch(page, region, staging)
     } catch {
-      return fail(page, region, staging, counters, reason: error.description)
+      return fail(
+        page, region, staging, counters, expecting: .filling, reason: error.description)
     }
     return install(fill, page, region, staging, counters, expecting: .filling)
   }
@@ -125,8 +126,12 @@ extension PagerSession {
         let current = region.states.load(page)
         var fill = fill
         if current != expected {
-          // Between the claim and now: removed → zeros, unmapped → nobody waits.
-          guard current == .removed else { return nil }
+          // Between the claim and now: removed → zeros; unmapped → whoever slept on the
+          // page looks again, and finds no mapping.
+          guard current == .removed else {
+            try? userfaultfd.wake(region.range(of: page))
+            return nil
+          }
           fill = .zero
         }
         let range = region.range(of: page)
@@ -141,6 +146,7 @@ extension PagerSession {
           if fill != .poison { region.states.store(page, .present) }
         case .notRegistered:
           region.states.store(page, .unmapped)
+          try? userfaultfd.wake(range)
         case .mappingChanging, .partial:
           // Give the claim back: the fault is tried again from the start.
           _ = region.states.exchange(page, from: .filling, to: .absent)
@@ -161,7 +167,8 @@ extension PagerSession {
         // The page left the page cache again (a hole was punched): it is zero now.
         return install(.zero, page, region, staging, counters, expecting: expected)
       case .absent:
-        return fail(page, region, staging, counters, reason: "\(Errno.badAddress)")
+        return fail(
+          page, region, staging, counters, expecting: expected, reason: "\(Errno.badAddress)")
       case .failed(let errno):
         // No memory now need not mean none in a moment; but not for ever.
         attempts += 1
@@ -169,7 +176,8 @@ extension PagerSession {
           Pause.microseconds(10_000)
           continue
         }
-        return fail(page, region, staging, counters, reason: "\(errno)")
+        return fail(
+          page, region, staging, counters, expecting: expected, reason: "\(errno)")
       }
     }
   }
@@ -235,12 +243,24 @@ extension PagerSession {
   /// Tells the guest: the page is poisoned where the kernel can, else its waiters wait.
   private func fail(
     _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
-    _ counters: borrowing WorkerCounters, reason: String
+    _ counters: borrowing WorkerCounters, expecting expected: PageState, reason: String
   ) -> FaultOutcome {
-    // A page that cannot even be poisoned was recorded the first time.
-    guard region.states.load(page) != .poisoned else { return .resolved }
+    let state = gate.read {
+      let state = region.states.load(page)
+      if state == expected, state != .poisoned { region.states.store(page, .poisoned) }
+      return state
+    }
+    switch state {
+    case expected where state != .poisoned: break
+    case .removed:
+      // Given up while its content was being looked for: zeros are right.
+      return install(.zero, page, region, staging, counters, expecting: .removed)
+    default:
+      // Unmapped; or already poisoned, and recorded then.
+      try? userfaultfd.wake(region.range(of: page))
+      return .resolved
+    }
     counters.failedPages.add()
-    region.states.store(page, .poisoned)
     record(
       PageFailure(
         guestAddress: region.guestAddress.advanced(by: page * region.pageSize.bytes),

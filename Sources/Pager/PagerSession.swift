@@ -15,11 +15,11 @@ public struct PagerOptions: Sendable {
   /// With one fault thread: how long it looks for the next fault before it sleeps, in
   /// nanoseconds, while faults come that fast. 0 switches it off.
   public var busyPollNanoseconds: UInt64 = 100_000
-  /// Called from a fault thread when a page has no right content. It must not touch
-  /// the memory that is served.
+  /// Called from a thread of the session when a page has no right content. It must not
+  /// touch the memory that is served.
   public var onFailure: (@Sendable (PageFailure) -> Void)?
   /// Called once when the session can serve no more: waiters wait from then on. Comes
-  /// from a fault thread, so it must not call `stop`.
+  /// from a thread of the session, so it must not call `stop`.
   public var onEnd: (@Sendable (PagerError) -> Void)?
 
   /// Options with the defaults: one thread for faults, which is best for a guest with
@@ -207,7 +207,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// Stops, unregisters all regions and wakes everyone who still waits.
   ///
   /// Absent pages read as zero from here on, so call it when no guest uses the memory
-  /// any more, or when `populate` has filled it all.
+  /// any more, or when `populate` has filled it all without an error.
   public func release() {
     stop()
     for region in regions {
@@ -281,6 +281,14 @@ public final class PagerSession<Source: PageSource>: Sendable {
     case .none: -1
     case .some(let descriptor): descriptor.rawValue
     }
+  }
+
+  /// The page that a fault is about, as a range of addresses.
+  func page(of fault: PageFault) -> HostRange {
+    guard let region = region(at: fault.address) else {
+      return HostRange(start: HostAddress(fault.address.rawValue & ~4095), length: 4096)
+    }
+    return region.range(of: region.page(of: fault.address))
   }
 
   /// The region that holds an address: binary search, for a VMM can have hundreds.

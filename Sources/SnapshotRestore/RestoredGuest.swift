@@ -162,7 +162,10 @@ public final class RestoredGuest: Sendable {
           try session.populate(progress: options.progress)
         } catch {
           // Damaged pages are poisoned; the guest runs and is told when it touches one.
-          guard error.code == .damagedPages else { throw error }
+          guard error.code == .damagedPages else {
+            session.release()
+            throw error
+          }
         }
       }
       return session

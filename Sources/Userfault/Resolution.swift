@@ -17,7 +17,7 @@ public struct Resolution: Hashable, Sendable {
     case partial
     /// ENOENT: the range is not registered here (any more).
     case notRegistered
-    /// ESRCH or ENOMEM of a dead address space: the process is gone.
+    /// ESRCH: the process, or its address space, is gone.
     case processGone
     /// EFAULT: the source is unreadable, or (CONTINUE) no page is in the page cache.
     case absent

@@ -10,7 +10,7 @@ struct BenchCommand: ParsableCommand {
     abstract: "Measure what SPECIFICATION.md promises, against a peer in the same run.",
     discussion: """
       Ours and the peer take turns, round by round; medians are compared. With --json one
-      object a line: name, unit, ours, peer, ratio (ours/peer), goal, met, rounds.
+      object a line: name, unit, ours, peer, ratio (ours/peer), goal, met, rounds, spread.
 
       faultline bench fault                 latency of one fault, and restores of two sizes
       faultline bench fault --rounds 15 --json

@@ -4,6 +4,7 @@ import Foundation
 package import GuestMemory
 import LinuxSystem
 package import Pager
+package import Userfault
 
 /// What this machine has, for tests that need it.
 package enum Host {
@@ -20,6 +21,11 @@ package enum Host {
   /// Threads of this process.
   package static func threadCount() throws -> Int {
     try FileManager.default.contentsOfDirectory(atPath: "/proc/self/task").count
+  }
+
+  /// Whether the kernel's userfaultfd has a feature.
+  package static func has(_ feature: UserfaultFeatures) -> Bool {
+    (try? Userfaultfd.supportedFeatures().isSuperset(of: feature)) ?? false
   }
 
   /// Whether KVM can be used.
@@ -59,6 +65,9 @@ package struct MemoryCase: Sendable, CustomStringConvertible {
 
   /// The same without huge pages.
   package static let smallPages = all.filter { $0.backing.pageSize == .size4KiB }
+
+  /// Shared small pages only.
+  package static let memfd = all.filter { $0.backing == .memfd }
 
   /// Pages for a test that wants about `count`: huge pages are scarce.
   package func pages(_ count: Int) -> Int { backing.pageSize == .size4KiB ? count : 4 }

@@ -75,9 +75,10 @@ struct OperationTests {
     #expect(load(memory.range, offset: 0) == 77)
   }
 
-  @Test("A poisoned page raises SIGBUS")
+  @Test(
+    "A poisoned page raises SIGBUS",
+    .enabled(if: Host.has(.poison), "needs UFFDIO_POISON (Linux 6.6)"))
   func poison() throws {
-    guard try Userfaultfd.supportedFeatures().contains(.poison) else { return }
     let memory = try Mapping(anonymous: 4096)
     let userfaultfd = try Userfaultfd(requiring: .poison)
     try userfaultfd.register(memory.range, modes: .missing)
@@ -85,9 +86,10 @@ struct OperationTests {
     #expect(guardedLoad(memory.range, offset: 0) == .busError)
   }
 
-  @Test("move takes the page away from its source; a hole is not registered unless allowed")
+  @Test(
+    "move takes the page away from its source; a hole is not registered unless allowed",
+    .enabled(if: Host.has(.move), "needs UFFDIO_MOVE (Linux 6.8)"))
   func move() throws {
-    guard try Userfaultfd.supportedFeatures().contains(.move) else { return }
     let source = try Mapping(anonymous: 2 * 4096)
     let target = try Mapping(anonymous: 2 * 4096)
     store(99, source.range, offset: 0)
