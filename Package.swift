@@ -69,7 +69,8 @@ let package = Package(
     library(
       "BenchmarkSuite",
       [
-        "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem",
+        "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
+        "LinuxSystem",
         "CMinimalHandler",
       ],
       path: "Benchmarks/BenchmarkSuite"),

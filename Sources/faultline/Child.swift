@@ -17,6 +17,7 @@ enum Child {
     let line = firstLine(of: output)
     kill(process.processIdentifier, SIGKILL)
     process.waitUntilExit()
+    running.withLock { $0.removeAll { $0 === process } }
     guard let saved = try? JSONDecoder().decode(Saved.self, from: line) else {
       throw CommandFailure("the process that makes the snapshot failed; its message is above")
     }
@@ -28,17 +29,26 @@ enum Child {
     let (process, output) = try start(arguments)
     let data = output.fileHandleForReading.readDataToEndOfFile()
     process.waitUntilExit()
+    running.withLock { $0.removeAll { $0 === process } }
     guard let report = try? JSONDecoder().decode(RestoreReport.self, from: data) else {
       throw CommandFailure("the process that restores failed; its message is above")
     }
     return report
   }
 
-  /// Kills the children that still run: they are in process groups of their own, so ^C
-  /// does not reach them.
-  static func killAll() {
-    for process in running.withLock({ $0 }) where process.isRunning {
-      kill(process.processIdentifier, SIGKILL)
+  /// Kills the children that still run, waits until they are gone, and ends this process:
+  /// they are in process groups of their own, so ^C does not reach them.
+  ///
+  /// The lock is kept to the end: nobody starts another child, or tells of one that was
+  /// killed as if it had failed.
+  static func endAll(_ end: () -> Never) -> Never {
+    running.withLock { processes in
+      for process in processes where process.isRunning {
+        kill(process.processIdentifier, SIGKILL)
+      }
+      // A dying child may still give its image the name, in a directory that `end` removes.
+      while processes.contains(where: \.isRunning) { usleep(1000) }
+      end()
     }
   }
 
@@ -50,8 +60,10 @@ enum Child {
     process.arguments = arguments
     let output = Pipe()
     process.standardOutput = output
-    try process.run()
-    running.withLock { $0.append(process) }
+    try running.withLock {
+      try process.run()
+      $0.append(process)
+    }
     return (process, output)
   }
 
@@ -66,7 +78,7 @@ enum Child {
   }
 }
 
-/// Removes a directory at the end, also when ^C or SIGTERM ends the command.
+/// Removes a directory at the end, also when ^C, SIGTERM or a closed terminal ends the command.
 final class InterruptCleanup: @unchecked Sendable {
   // SAFETY: `sources` is written by `init` only; it keeps the handlers alive.
   private let folder: URL
@@ -74,13 +86,14 @@ final class InterruptCleanup: @unchecked Sendable {
 
   init(_ folder: URL) {
     self.folder = folder
-    for number in [SIGINT, SIGTERM] {
+    for number in [SIGINT, SIGTERM, SIGHUP] {
       signal(number, SIG_IGN)
       let source = DispatchSource.makeSignalSource(signal: number, queue: .global())
       source.setEventHandler {
-        Child.killAll()
-        self.run()
-        _exit(128 + number)
+        Child.endAll {
+          self.run()
+          _exit(128 + number)
+        }
       }
       source.resume()
       sources.append(source)
