@@ -30,6 +30,14 @@ struct MemorySize: ExpressibleByArgument, Equatable {
   }
 }
 
+/// Refuses what no test guest can have.
+func validateGuest(memory: MemorySize, vcpus: Int) throws {
+  guard memory.bytes >= 2 << 20, memory.bytes <= 64 << 30, memory.bytes % (2 << 20) == 0 else {
+    throw ValidationError("--memory must be 2M to 64G and a multiple of 2M")
+  }
+  guard (1...64).contains(vcpus) else { throw ValidationError("--vcpus must be 1 to 64") }
+}
+
 extension MemoryBacking: ExpressibleByArgument {
   /// Takes the names that `allNamed` has.
   public init?(argument: String) { self.init(name: argument) }

@@ -22,7 +22,7 @@ struct DemoCommand: ParsableCommand {
 
   @Option(help: "Guest memory: 2M to 64G, a multiple of 2M.")
   var memory = MemorySize(bytes: 1 << 30)
-  @Option(help: "Virtual processors.")
+  @Option(help: "Virtual processors, 1 to 64.")
   var vcpus = 1
   @Option(help: "missing: UFFDIO_COPY; minor: page cache and UFFDIO_CONTINUE (shared memory).")
   var faults: ResolutionMode = .missing
@@ -31,6 +31,8 @@ struct DemoCommand: ParsableCommand {
   var guest: GuestKind = .automatic
   @Option(help: "Directory for the image; the default is TMPDIR or /tmp.", completion: .directory)
   var directory: String?
+
+  func validate() throws { try validateGuest(memory: memory, vcpus: vcpus) }
 
   func run() throws {
     let kind = try guest.resolve() == .kvm ? "kvm" : "process"

@@ -50,10 +50,7 @@ struct SnapshotCommand: ParsableCommand {
   }
 
   func validate() throws {
-    guard memory.bytes >= 2 << 20, memory.bytes <= 64 << 30, memory.bytes % (2 << 20) == 0 else {
-      throw ValidationError("--memory must be 2M to 64G and a multiple of 2M")
-    }
-    guard (1...64).contains(vcpus) else { throw ValidationError("--vcpus must be 1 to 64") }
+    try validateGuest(memory: memory, vcpus: vcpus)
   }
 
   func run() throws {
@@ -98,7 +95,14 @@ struct SnapshotCommand: ParsableCommand {
           + "pages, filled in \(Terminal.duration(report.fillNanoseconds)), saved in "
           + "\(Terminal.duration(report.snapshotNanoseconds))")
     }
-    // The demo kills this process here, guest and all.
-    while hold { sleep(3600) }
+    if hold { waitForReader() }
+  }
+
+  /// The demo kills this process here, guest and all. When it is killed itself, nobody
+  /// reads standard output any more: poll(2) then says POLLERR.
+  private func waitForReader() {
+    var output = pollfd(fd: STDOUT_FILENO, events: 0, revents: 0)
+    // SAFETY: one element, alive during the call.
+    while unsafe poll(&output, 1, -1) <= 0 {}
   }
 }
