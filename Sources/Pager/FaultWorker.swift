@@ -69,6 +69,9 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
   /// Nanoseconds of `busyPoll`: at most, and now.
   private let pollLimit: UInt64
   private var pollWindow: UInt64 = 0
+  /// Short sleeps until the window opens again, and how many the next failure costs.
+  private var pollCooldown = 0
+  private var pollPenalty = 1
 
   init(session: PagerSession<Source>, index: Int) throws(Errno) {
     let waiter = try FaultWaiter(session)
@@ -109,7 +112,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
           return
         }
         received = readEvents()
-        if received &- start < pollLimit { pollWindow = pollLimit }
+        if received &- start < pollLimit { noteShortSleep() }
         serve()
       }
     }
@@ -120,19 +123,30 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
   /// Looks for the next fault without going to sleep, as long as that has paid off: a
   /// guest that faults again within the limit is spared two context switches.
   ///
-  /// The window opens when a sleep turned out shorter than the limit, and halves
-  /// whenever looking was in vain; an idle session sleeps. Only for a single thread:
+  /// The window opens when a sleep turned out shorter than the limit, and closes when
+  /// looking was in vain: for twice as many short sleeps each time that happens in a row,
+  /// because where the guest needs this very processor it cannot fault while we look. An
+  /// idle session sleeps. Only for a single thread:
   /// with several, the others would be woken for every fault that this one takes.
   private mutating func busyPoll() -> Bool {
     guard pollWindow > 0 else { return false }
     let deadline = MonotonicClock.nanoseconds &+ pollWindow
     while !session.isStopping {
       received = readEvents()
-      if queue.count > 0 { return true }
+      if queue.count > 0 {
+        pollPenalty = 1
+        return true
+      }
       if received >= deadline { break }
     }
-    pollWindow = pollWindow < 5_000 ? 0 : pollWindow / 2
+    pollWindow = 0
+    pollCooldown = pollPenalty
+    pollPenalty = min(1024, pollPenalty * 2)
     return false
+  }
+
+  private mutating func noteShortSleep() {
+    if pollCooldown > 0 { pollCooldown -= 1 } else { pollWindow = pollLimit }
   }
 
   /// Resolves what was read, until nothing is left.
