@@ -36,6 +36,7 @@ let package = Package(
   name: "faultline",
   products: [
     .executable(name: "faultline", targets: ["faultline"]),
+    .library(name: "LinuxSystem", targets: ["LinuxSystem"]),
     .library(name: "Userfault", targets: ["Userfault"]),
     .library(name: "KVM", targets: ["KVM"]),
     .library(name: "GuestMemory", targets: ["GuestMemory"]),
@@ -62,7 +63,7 @@ let package = Package(
     library("GuestMemory", ["LinuxSystem", "Userfault"]),
     library("MemoryImage", ["LinuxSystem", "CXXHash"]),
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
-    library("TestGuest", ["KVM", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
+    library("TestGuest", ["KVM", "LinuxSystem", "CGuestProgram"]),
     library(
       "SnapshotRestore",
       ["TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem"]),
@@ -99,6 +100,7 @@ let package = Package(
     tests("KVMTests", ["KVM", "LinuxSystem"]),
     tests(
       "TestGuestTests", ["TestGuest", "KVM", "Userfault", "LinuxSystem", "CGuestProgram"]),
+    tests("CommandTests", ["faultline", "MemoryImage", "LinuxSystem"]),
     tests(
       "PagerTests",
       [

@@ -152,7 +152,7 @@ extension WorkloadItem {
   /// Whether a routine that gets this stays within the memory of its guest, and ends.
   func isSafe(guestPages: UInt64, processor: Int) -> Bool {
     let first = UInt64(CGUEST_SYSTEM_AREA) / 4096
-    guard raw.batch > 0 else { return false }
+    guard (1...Self.largestBatch).contains(raw.batch) else { return false }
     switch CInt(truncatingIfNeeded: raw.command) {
     case CGUEST_COMMAND_COUNTER:
       return raw.target
@@ -164,11 +164,12 @@ extension WorkloadItem {
       var expected = self
       expected.setOrder(.random)
       guard raw.mask == expected.raw.mask, raw.shift == expected.raw.shift else { return false }
-      // A dirty workload's limit is a generation; zipf's is a number of touches.
-      let isFree = raw.command == UInt64(CGUEST_COMMAND_DIRTY)
+      // A dirty workload's limit is a generation, and without pages it would count those
+      // for ever; zipf's is a number of touches.
+      let isFree = raw.command == UInt64(CGUEST_COMMAND_DIRTY) && raw.count > 0
       let isZipf = raw.order == UInt64(CGUEST_ORDER_ZIPF)
       guard isFree || (isZipf && raw.count > 0) || raw.limit <= raw.count else { return false }
-      return raw.order <= UInt64(CGUEST_ORDER_ZIPF) && raw.random != 0 || !isZipf
+      return raw.order <= UInt64(CGUEST_ORDER_ZIPF) && (!isZipf || raw.random != 0)
     default: return false
     }
   }

@@ -56,7 +56,8 @@ public struct WorkloadOptions: Hashable, Sendable {
   /// The pages to work on, by number; `nil` is all but the first MiB.
   public var pages: Range<Int>?
   /// Pages (for `counter` increments) between two looks at a request to stop. A KVM guest
-  /// spends about 30 µs on each. `nil` is 256, for `counter` 65536.
+  /// spends about 30 µs on each. `nil` is 256, for `counter` 65536;
+  /// 2^24 is the most.
   public var batch: Int?
   /// A pause between two batches, in nanoseconds: limits the rate.
   public var interval: UInt64

@@ -6,6 +6,10 @@ internal import CGuestProgram
 struct WorkloadItem: Sendable {
   var raw: cguest_workload
 
+  /// Positions of one batch: a thread cannot be stopped within one. Takes a fraction of a
+  /// second at most, or as long as the pager needs for that many pages.
+  static let largestBatch: UInt64 = 1 << 24
+
   static let byteCount = Int(CGUEST_WORKLOAD_SIZE)
 
   init(command: CInt, seed: UInt64, pages: Range<Int>, batch: Int) {

@@ -27,8 +27,10 @@ struct WorkloadPlan {
         "Workloads cannot use pages \(pages): this guest has \(all) for them")
     }
     let batch = options.batch ?? 256
-    guard batch > 0 else {
-      throw GuestError(.invalidArgument, "A batch needs at least one page")
+    guard batch > 0, batch <= Int(WorkloadItem.largestBatch) else {
+      throw GuestError(
+        .invalidArgument,
+        "A batch has 1 to \(WorkloadItem.largestBatch) pages, not \(batch)")
     }
     let shares = Self.divide(pages, among: processors)
     items = []

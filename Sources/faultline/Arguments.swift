@@ -41,8 +41,10 @@ func validateGuest(memory: MemorySize, vcpus: Int) throws {
 extension MemoryBacking: ExpressibleByArgument {
   /// Takes the names that `allNamed` has.
   public init?(argument: String) { self.init(name: argument) }
-  /// For help and completion.
+  /// For help.
   public static var allValueStrings: [String] { allNamed.map(\.description) }
+  /// For completion; only enumerations have it by default.
+  public static var defaultCompletionKind: CompletionKind { .list(allValueStrings) }
   /// The name.
   public var defaultValueDescription: String { description }
 }

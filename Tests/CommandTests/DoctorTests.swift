@@ -41,7 +41,7 @@ struct DoctorTests {
   }
 
   @Test(
-    "Without the right to a userfaultfd it exits with 1, reports all the same, and says how to get it",
+    "Without the right to a userfaultfd it exits with 1, still reports, and has advice",
     .needsNobody,
     .enabled(
       if: !Surroundings.nobodyHasUserfaultfd, "every user has userfaultfd on this machine"))

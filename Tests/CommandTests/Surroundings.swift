@@ -14,7 +14,10 @@ enum Surroundings {
     try withTemporaryDirectory { directory in
       try open(directory)
       let copy = "\(directory)/faultline"
-      try FileManager.default.copyItem(atPath: Command.executable, toPath: copy)
+      // By another process: while this one had the copy open for writing, a fork of another
+      // test would keep it so, and executing it would fail with ETXTBSY.
+      let copied = try Command(of: "/bin/cp", [Command.executable, copy]).wait()
+      guard copied.ending == .exit(0) else { return copied }
       return try Command(
         of: "/usr/bin/setpriv",
         ["--reuid=\(nobody)", "--regid=\(nobody)", "--clear-groups", copy] + arguments
