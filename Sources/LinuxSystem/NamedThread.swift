@@ -39,11 +39,12 @@ public struct NamedThread: ~Copyable, @unchecked Sendable {
 
   deinit { pthread_detach(handle) }
 
-  /// Waits until the thread has ended.
+  /// Waits until the thread has ended. Called by the thread itself, it lets the thread
+  /// clean up after itself (pthread_detach(3)) and returns at once.
   public consuming func join() {
     let handle = self.handle
     discard self
-    _ = pthread_join(handle, nil)
+    if pthread_join(handle, nil) == EDEADLK { pthread_detach(handle) }
   }
 
   /// The kernel's id of the calling thread (gettid(2)).

@@ -66,6 +66,8 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let counters: [WorkerSlot]
   private let process: OwnedDescriptor?
   private let state = Mutex(State())
+  /// Held by whoever starts or stops the threads, so that two do not.
+  private let lifecycle = Mutex(())
 
   /// Why a session serves no more.
   enum End: Sendable { case processGone, failed(Errno) }
@@ -174,6 +176,10 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// Starts the fault threads. Waiters that an earlier handler left behind are woken
   /// and fault again.
   public func start() throws(PagerError) {
+    try lifecycle.withLock { _ throws(PagerError) in try startThreads() }
+  }
+
+  private func startThreads() throws(PagerError) {
     if let error = endError { throw error }
     let running = state.withLock { !$0.threads.isEmpty }
     guard !running else { return }
@@ -186,7 +192,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
         let box = ThreadBox(thread)
         state.withLock { $0.threads.append(box) }
       } catch {
-        stop()
+        stopThreads()
         throw PagerError(.resources, "no thread for serving faults", errno: error)
       }
     }
@@ -195,7 +201,9 @@ public final class PagerSession<Source: PageSource>: Sendable {
 
   /// Stops serving and returns when all fault threads have ended. The regions stay
   /// registered: whoever faults waits until `start` or `release`.
-  public func stop() {
+  public func stop() { lifecycle.withLock { _ in stopThreads() } }
+
+  private func stopThreads() {
     requestStop()
     let threads = state.withLock { state in
       defer { state.threads = [] }

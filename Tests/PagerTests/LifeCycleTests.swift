@@ -63,6 +63,20 @@ struct LifeCycleTests {
     toucher.join()
   }
 
+  @Test("Many who start a session at once start its threads once")
+  func concurrentStarts() async {
+    await #expect(processExitsWith: .success) {
+      let guest = try ServedMemory(MemoryCase.all[0], pages: 8, start: false)
+      for _ in 0..<50 {
+        try inThreads(8) { _ in try? guest.session.start() }
+        precondition(Delay.until { Host.threads(named: "fault0") > 0 }, "not started")
+        precondition(Host.threads(named: "fault0") == 1, "more than one")
+        guest.session.stop()
+        precondition(Delay.until { Host.threads(named: "fault0") == 0 }, "a thread is left")
+      }
+    }
+  }
+
   @Test("A session leaves no descriptor and no thread behind")
   func leavesNothingBehind() async {
     await #expect(processExitsWith: .success) {

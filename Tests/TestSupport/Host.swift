@@ -23,6 +23,14 @@ package enum Host {
     try FileManager.default.contentsOfDirectory(atPath: "/proc/self/task").count
   }
 
+  /// Threads of this process with a name.
+  package static func threads(named name: String) -> Int {
+    let tasks = (try? FileManager.default.contentsOfDirectory(atPath: "/proc/self/task")) ?? []
+    return tasks.count { task in
+      (try? String(contentsOfFile: "/proc/self/task/\(task)/comm", encoding: .utf8)) == name + "\n"
+    }
+  }
+
   /// Whether the kernel's userfaultfd has a feature.
   package static func has(_ feature: UserfaultFeatures) -> Bool {
     (try? Userfaultfd.supportedFeatures().isSuperset(of: feature)) ?? false
