@@ -13,16 +13,6 @@ private func canPoison() -> Bool {
   ((try? Userfaultfd.supportedFeatures()) ?? []).contains(.poison)
 }
 
-/// The descriptors of /dev/kvm, machines and vCPUs that this process has. Others come and
-/// go as libdispatch likes.
-private func kvmDescriptors() -> [String] {
-  let directory = "/proc/self/fd"
-  let numbers = (try? FileManager.default.contentsOfDirectory(atPath: directory)) ?? []
-  return numbers.compactMap {
-    try? FileManager.default.destinationOfSymbolicLink(atPath: "\(directory)/\($0)")
-  }.filter { $0.contains("kvm") }
-}
-
 @Suite struct FailureTests {
   @Test(
     "A poisoned page is a memory fault that names it",
@@ -84,16 +74,16 @@ private func kvmDescriptors() -> [String] {
       let memory = try Memory(mebibytes: 4)
       for _ in 0..<3 {
         let guest = try TestGuest(booting: memory.range, vcpus: 3, kind: .kvm)
-        precondition(kvmDescriptors().count == 4)
+        precondition(openDescriptors(of: "kvm") == 4)
         _ = try guest.run(.touch(order: .random, timed: true))
         guest.pause()
         let states = try guest.saveState()
         guest.shutdown()
-        precondition(kvmDescriptors().isEmpty)
+        precondition(openDescriptors(of: "kvm") == 0)
         let other = try TestGuest(restoring: memory.range, states: states, kind: .kvm)
         try other.start(.counter())
         other.shutdown()
-        precondition(kvmDescriptors().isEmpty)
+        precondition(openDescriptors(of: "kvm") == 0)
       }
     }
   }

@@ -46,6 +46,15 @@ package func openDescriptorCount() -> Int {
   (try? FileManager.default.contentsOfDirectory(atPath: "/proc/self/fd").count) ?? -1
 }
 
+/// Descriptors whose link in /proc/self/fd contains a text.
+package func openDescriptors(of text: String) -> Int {
+  let numbers = (try? FileManager.default.contentsOfDirectory(atPath: "/proc/self/fd")) ?? []
+  return numbers.count { number in
+    let link = try? FileManager.default.destinationOfSymbolicLink(atPath: "/proc/self/fd/\(number)")
+    return link?.contains(text) == true
+  }
+}
+
 /// Runs a body with a fresh directory and removes it afterwards.
 package func withTemporaryDirectory<Value>(_ body: (String) throws -> Value) throws -> Value {
   let path = FileManager.default.temporaryDirectory.appendingPathComponent(
