@@ -76,6 +76,12 @@ let package = Package(
       ],
       path: "Benchmarks/BenchmarkSuite"),
 
+    // What runs inside of the lab's kernel.
+    .executableTarget(
+      name: "GuestMemfdLab",
+      dependencies: ["TestGuest", "KVM", "Userfault", "LinuxSystem", systemPackage],
+      path: "Lab/GuestMemfdLab", swiftSettings: swiftSettings),
+
     // The command.
     .executableTarget(
       name: "faultline",

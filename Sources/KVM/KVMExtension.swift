@@ -22,6 +22,9 @@ public struct KVMExtension: RawRepresentable, Hashable, Sendable {
   public static let guestMemfd = Self(KVM_CAP_GUEST_MEMFD)
   /// KVM_CAP_GUEST_MEMFD_FLAGS: the flags that KVM_CREATE_GUEST_MEMFD takes.
   public static let guestMemfdFlags = Self(KVM_CAP_GUEST_MEMFD_FLAGS)
+  /// KVM_CAP_USERFAULT: slots with a `UserfaultBitmap`. No released kernel has it;
+  /// Faultline's kernel series does.
+  public static let userfault = Self(rawValue: 252)
   /// KVM_CAP_DIRTY_LOG_RING: the largest ring in bytes, on strongly ordered machines.
   public static let dirtyRing = Self(KVM_CAP_DIRTY_LOG_RING)
   /// KVM_CAP_DIRTY_LOG_RING_ACQ_REL: the largest ring in bytes, on any machine.

@@ -16,13 +16,17 @@ public struct GuestMemfdFlags: OptionSet, Hashable, Sendable, CustomStringConver
   /// GUEST_MEMFD_FLAG_INIT_SHARED: its memory is shared from the start, so a mapping can
   /// be touched; without it a touch raises SIGBUS (Linux 6.18).
   public static let initShared = Self(rawValue: 1 << 1)
+  /// GUEST_MEMFD_FLAG_WRITE: pwrite(2) adds whole absent pages; needs `initShared`. No
+  /// released kernel has it; Faultline's kernel series does (kernel/README.md).
+  public static let write = Self(rawValue: 1 << 2)
 
   /// The names, and a number for unknown bits.
   public var description: String {
     var names: [String] = []
     if contains(.mmap) { names.append("mmap") }
     if contains(.initShared) { names.append("init-shared") }
-    let unknown = subtracting([.mmap, .initShared]).rawValue
+    if contains(.write) { names.append("write") }
+    let unknown = subtracting([.mmap, .initShared, .write]).rawValue
     if unknown != 0 { names.append("0x" + String(unknown, radix: 16)) }
     return names.isEmpty ? "none" : names.joined(separator: "+")
   }

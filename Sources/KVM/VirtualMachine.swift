@@ -70,6 +70,8 @@ public struct VirtualMachine: ~Copyable, Sendable {
     public static let logDirtyPages = Self(rawValue: 1 << 0)
     /// KVM_MEM_READONLY: writes become MMIO exits.
     public static let readOnly = Self(rawValue: 1 << 1)
+    static let guestMemfd = Self(rawValue: 1 << 2)
+    static let userfault = Self(rawValue: 1 << 3)
   }
 
   /// Gives the guest memory at a guest-physical address, or changes the flags of a slot
@@ -96,13 +98,22 @@ public struct VirtualMachine: ~Copyable, Sendable {
   /// - Parameters:
   ///   - guestMemfd: KVM keeps a reference of its own.
   ///   - offset: bytes into the guest_memfd; a multiple of 4 KiB.
+  ///   - userfaults: a vCPU that needs a page whose bit is set exits with `memoryFault` and
+  ///     the flag `userfault`, and nothing is allocated (`KVMExtension.userfault`). Not
+  ///     owned: keep it as long as the slot.
   public borrowing func setMemory(
     slot: UInt32, at address: GuestAddress, to memory: HostRange, flags: SlotFlags = [],
-    guestMemfd: borrowing OwnedDescriptor, offset: Int
+    guestMemfd: borrowing OwnedDescriptor, offset: Int, userfaults: UserfaultBitmap? = nil
   ) throws(Errno) {
     var region = kvm_userspace_memory_region2()
     region.slot = slot
-    region.flags = flags.rawValue | UInt32(KVM_MEM_GUEST_MEMFD)
+    region.flags = flags.union(.guestMemfd).rawValue
+    if let userfaults {
+      guard userfaults.pageCount * 4096 >= memory.length else { throw .invalidArgument }
+      region.flags |= SlotFlags.userfault.rawValue
+      // `userfault_bitmap` of the kernel series takes the place of the first padding.
+      region.pad2.0 = userfaults.address.rawValue
+    }
     region.guest_phys_addr = address.rawValue
     region.memory_size = UInt64(memory.length)
     region.userspace_addr = memory.start.rawValue

@@ -21,6 +21,14 @@ extension OwnedDescriptor {
     }
   }
 
+  /// Writes at an offset, once (pwrite(2)); returns how many bytes were written.
+  @unsafe
+  public borrowing func write(
+    _ bytes: UnsafeRawBufferPointer, at offset: Int
+  ) throws(Errno) -> Int {
+    try check(unsafe clinux_pwrite(rawValue, bytes.baseAddress, bytes.count, off_t(offset)))
+  }
+
   /// Reads exactly as many bytes as there is room for (pread(2)); fewer in the file is
   /// `noData`.
   @unsafe
@@ -39,9 +47,14 @@ extension OwnedDescriptor {
 
   /// Makes sure that the blocks of a range exist, as zeros where they did not
   /// (fallocate(2)): `noSpace` now instead of SIGBUS at a later touch.
-  public borrowing func allocate(offset: Int, length: Int) throws(Errno) {
+  ///
+  /// - Parameter keepsSize: FALLOC_FL_KEEP_SIZE, which guest_memfd insists on.
+  public borrowing func allocate(
+    offset: Int, length: Int, keepsSize: Bool = false
+  ) throws(Errno) {
+    let mode: CInt = keepsSize ? 1 : 0
     while true {
-      let result = clinux_fallocate(rawValue, 0, off_t(offset), off_t(length))
+      let result = clinux_fallocate(rawValue, mode, off_t(offset), off_t(length))
       if result != -Int(EINTR) {
         _ = try check(result)
         return
