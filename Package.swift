@@ -66,7 +66,7 @@ let package = Package(
     library("TestGuest", ["KVM", "LinuxSystem", "CGuestProgram"]),
     library(
       "SnapshotRestore",
-      ["TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem"]),
+      ["TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem"]),
     library(
       "BenchmarkSuite",
       [
@@ -79,7 +79,10 @@ let package = Package(
     // What runs inside of the lab's kernel.
     .executableTarget(
       name: "GuestMemfdLab",
-      dependencies: ["TestGuest", "KVM", "Userfault", "LinuxSystem", systemPackage],
+      dependencies: [
+        "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "KVM", "Userfault",
+        "LinuxSystem", systemPackage,
+      ],
       path: "Lab/GuestMemfdLab", swiftSettings: swiftSettings),
 
     // The command.
@@ -106,7 +109,7 @@ let package = Package(
     tests("KVMTests", ["KVM", "LinuxSystem"]),
     tests(
       "TestGuestTests", ["TestGuest", "KVM", "Userfault", "LinuxSystem", "CGuestProgram"]),
-    tests("CommandTests", ["faultline", "MemoryImage", "LinuxSystem"]),
+    tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(
       "PagerTests",
       [

@@ -9,13 +9,32 @@ enum LabKernel: String {
 struct Scenario {
   let name: String
   let kernels: Set<LabKernel>
-  let body: () throws -> Void
+  /// Throws when it does not; a note for the table otherwise.
+  let body: () throws -> String
 
   init(_ name: String, on kernels: Set<LabKernel> = [.patched], _ body: @escaping () throws -> Void)
   {
     self.name = name
     self.kernels = kernels
+    self.body = {
+      try body()
+      return ""
+    }
+  }
+
+  private init(
+    _ name: String, _ kernels: Set<LabKernel>, noting body: @escaping () throws -> String
+  ) {
+    self.name = name
+    self.kernels = kernels
     self.body = body
+  }
+
+  /// One whose body has something to tell.
+  static func noting(
+    _ name: String, on kernels: Set<LabKernel> = [.patched], _ body: @escaping () throws -> String
+  ) -> Self {
+    Self(name, kernels, noting: body)
   }
 }
 
@@ -43,7 +62,8 @@ func run(_ scenarios: [Scenario], on kernel: LabKernel) -> Int {
   for scenario in scenarios where scenario.kernels.contains(kernel) {
     var result = "passed"
     do {
-      try scenario.body()
+      let note = try scenario.body()
+      if !note.isEmpty { result += ": \(note)" }
       passed += 1
     } catch {
       result = "FAILED: \(error)"

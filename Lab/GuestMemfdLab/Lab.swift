@@ -15,7 +15,7 @@ struct Lab {
     }
     let scenarios =
       RegistrationScenarios.all + UserMappingScenarios.all + WriteScenarios.all
-      + StageTwoScenarios.all
+      + StageTwoScenarios.all + GuestScenarios.all
     exit(run(scenarios, on: kernel) == 0 ? 0 : 1)
   }
 }

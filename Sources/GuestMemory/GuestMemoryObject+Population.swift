@@ -20,6 +20,9 @@ extension GuestMemoryObject {
       } catch {
         return [0..<range.length]
       }
+    case .some where backing == .guestMemfd:
+      // It has no SEEK_DATA, and its page tables tell nothing of what vCPUs have touched.
+      return [0..<range.length]
     case .some(let file):
       // hugetlbfs has no SEEK_DATA of its own: it says that all is data.
       var ranges: [Range<Int>] = []

@@ -12,6 +12,8 @@ public enum MemoryBacking: Hashable, Sendable, CustomStringConvertible {
   case memfd
   /// A memfd on hugetlbfs: MISSING and MINOR, whole huge pages.
   case hugetlb(PageSize)
+  /// A guest_memfd, which a virtual machine makes (`GuestMemoryObject.init(guestMemfd:)`).
+  case guestMemfd
 
   /// Bytes of one page, the unit of a fault.
   public var pageSize: PageSize {
@@ -24,12 +26,13 @@ public enum MemoryBacking: Hashable, Sendable, CustomStringConvertible {
     case .anonymous: .anonymous
     case .memfd: .memfd
     case .hugetlb(let size): .hugetlb(size)
+    case .guestMemfd: .guestMemfd
     }
   }
 
   /// The backings that the command line offers.
   public static let allNamed: [MemoryBacking] = [
-    .anonymous, .memfd, .hugetlb(.size2MiB), .hugetlb(.size1GiB),
+    .anonymous, .memfd, .hugetlb(.size2MiB), .hugetlb(.size1GiB), .guestMemfd,
   ]
 
   /// The backing with that name.
@@ -38,7 +41,7 @@ public enum MemoryBacking: Hashable, Sendable, CustomStringConvertible {
     self = match
   }
 
-  /// "anonymous", "memfd", "hugetlb-2M" or "hugetlb-1G".
+  /// "anonymous", "memfd", "hugetlb-2M", "hugetlb-1G" or "guest_memfd".
   public var description: String { kind.description }
 }
 
@@ -59,7 +62,9 @@ public struct GuestMemoryObject: ~Copyable, Sendable {
   /// Huge pages are reserved here: `noMemory` when the pool has too few.
   /// - Parameter length: bytes, a multiple of the backing's page size.
   public init(backing: MemoryBacking, length: Int) throws(Errno) {
-    guard length > 0, backing.pageSize.divides(length) else { throw .invalidArgument }
+    guard length > 0, backing.pageSize.divides(length), backing != .guestMemfd else {
+      throw .invalidArgument
+    }
     guard backing != .anonymous else {
       // 2 MiB alignment lets KVM and the kernel use large mappings where they can.
       self.init(
@@ -70,6 +75,16 @@ public struct GuestMemoryObject: ~Copyable, Sendable {
     let file = try MemoryFile(name: "faultline-guest", length: length, pageSize: backing.pageSize)
     let mapping = try Mapping(of: file)
     self.init(backing: backing, mapping: mapping, file: file)
+  }
+
+  /// A guest_memfd that its machine made with the flags MMAP and INIT_SHARED; all of it is
+  /// mapped.
+  ///
+  /// - Parameter length: of the guest_memfd in bytes.
+  public init(guestMemfd: consuming OwnedDescriptor, length: Int) throws(Errno) {
+    let file = MemoryFile(adopting: guestMemfd, length: length)
+    let mapping = try Mapping(of: file)
+    self.init(backing: .guestMemfd, mapping: mapping, file: file)
   }
 
   private init(

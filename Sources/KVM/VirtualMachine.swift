@@ -101,18 +101,22 @@ public struct VirtualMachine: ~Copyable, Sendable {
   ///   - userfaults: a vCPU that needs a page whose bit is set exits with `memoryFault` and
   ///     the flag `userfault`, and nothing is allocated (`KVMExtension.userfault`). Not
   ///     owned: keep it as long as the slot.
+  ///   - firstBit: the bit of the slot's first page; a multiple of 64.
   public borrowing func setMemory(
     slot: UInt32, at address: GuestAddress, to memory: HostRange, flags: SlotFlags = [],
-    guestMemfd: borrowing OwnedDescriptor, offset: Int, userfaults: UserfaultBitmap? = nil
+    guestMemfd: borrowing OwnedDescriptor, offset: Int, userfaults: UserfaultBitmap? = nil,
+    firstBit: Int = 0
   ) throws(Errno) {
     var region = kvm_userspace_memory_region2()
     region.slot = slot
     region.flags = flags.union(.guestMemfd).rawValue
     if let userfaults {
-      guard userfaults.pageCount * 4096 >= memory.length else { throw .invalidArgument }
+      guard firstBit % 64 == 0, userfaults.pageCount - firstBit >= memory.length / 4096 else {
+        throw .invalidArgument
+      }
       region.flags |= SlotFlags.userfault.rawValue
       // `userfault_bitmap` of the kernel series takes the place of the first padding.
-      region.pad2.0 = userfaults.address.rawValue
+      region.pad2.0 = userfaults.address.rawValue + UInt64(firstBit / 8)
     }
     region.guest_phys_addr = address.rawValue
     region.memory_size = UInt64(memory.length)

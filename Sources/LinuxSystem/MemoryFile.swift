@@ -3,9 +3,10 @@
 internal import CLinux
 public import SystemPackage
 
-/// A memfd: memory with a descriptor, on tmpfs or hugetlbfs (memfd_create(2)).
+/// Memory with a descriptor: a memfd on tmpfs or hugetlbfs (memfd_create(2)), or an object
+/// that somebody else made.
 public struct MemoryFile: ~Copyable, Sendable {
-  /// The memfd.
+  /// The object.
   public let descriptor: OwnedDescriptor
   /// Bytes.
   public let length: Int
@@ -30,6 +31,15 @@ public struct MemoryFile: ~Copyable, Sendable {
     self.descriptor = descriptor
     self.length = length
     self.pageSize = pageSize
+  }
+
+  /// Takes over an object with pages of 4 KiB, such as a guest_memfd.
+  ///
+  /// - Parameter length: of the object in bytes; a multiple of 4 KiB.
+  public init(adopting descriptor: consuming OwnedDescriptor, length: Int) {
+    self.descriptor = descriptor
+    self.length = length
+    pageSize = .size4KiB
   }
 
   /// Frees the pages of a range; they read as zero afterwards. No userfaultfd

@@ -38,12 +38,17 @@ public final class PagedRegion: Sendable {
   /// The state of every page.
   public let states: PageStateTable
   let cache: PageCacheWriter?
+  /// Where stage-2 faults put their pages; `nil` where there are none.
+  let populator: PageCacheWriter?
 
   /// The whole of a memory object of this process.
   ///
   /// `invalidArgument` when `.minor` is asked for on anonymous memory.
+  /// - Parameter stageTwo: vCPUs take their pages from a guest_memfd without going through
+  ///   the mapping, and ask a `StageTwoResolver`. A user fault can then be on a page that
+  ///   is in the page cache, so the range is registered MISSING|MINOR in either mode.
   public init(
-    _ memory: borrowing GuestMemoryObject, mode: ResolutionMode,
+    _ memory: borrowing GuestMemoryObject, mode: ResolutionMode, stageTwo: Bool = false,
     guestAddress: GuestAddress = GuestAddress(0), sourceRegion: Int = 0, sourceOffset: Int = 0
   ) throws(Errno) {
     let states = try PageStateTable(pageCount: memory.range.length / memory.backing.pageSize.bytes)
@@ -58,6 +63,7 @@ public final class PagedRegion: Sendable {
     case .missing: cache = nil
     case .minor: cache = try memory.makePageCacheWriter()
     }
+    populator = stageTwo ? try memory.makePageCacheWriter() : nil
   }
 
   /// A range of another process, filled by UFFDIO_COPY.
@@ -74,6 +80,14 @@ public final class PagedRegion: Sendable {
     self.sourceOffset = sourceOffset
     mode = .missing
     cache = nil
+    populator = nil
+  }
+
+  var registration: RegistrationModes {
+    switch populator {
+    case .none: mode.registration
+    case .some: [.missing, .minor]
+    }
   }
 
   // MARK: - Geometry

@@ -86,7 +86,7 @@ extension PagerSession {
   }
 
   /// Reads one page of the region into the staging buffer.
-  private func fetch(
+  func fetch(
     _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer
   ) throws(PageSourceError) -> PageFill {
     let size = region.pageSize.bytes
@@ -241,7 +241,7 @@ extension PagerSession {
   // MARK: - No right content
 
   /// Tells the guest: the page is poisoned where the kernel can, else its waiters wait.
-  private func fail(
+  func fail(
     _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
     _ counters: borrowing WorkerCounters, expecting expected: PageState, reason: String
   ) -> FaultOutcome {

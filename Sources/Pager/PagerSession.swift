@@ -12,6 +12,8 @@ public struct PagerOptions: Sendable {
   public var faultThreads: Int
   /// Threads that `populate` uses.
   public var populateThreads: Int
+  /// vCPUs whose stage-2 faults the session answers (`makeStageTwoResolver`).
+  public var stageTwoThreads: Int = 0
   /// With one fault thread: how long it looks for the next fault before it sleeps, in
   /// nanoseconds, while faults come that fast. 0 switches it off.
   public var busyPollNanoseconds: UInt64 = 100_000
@@ -119,10 +121,10 @@ public final class PagerSession<Source: PageSource>: Sendable {
     if registers {
       for region in regions {
         do {
-          try userfaultfd.register(region.host, modes: region.mode.registration)
+          try userfaultfd.register(region.host, modes: region.registration)
         } catch {
           throw PagerError(
-            .registration, "userfaultfd refuses \(region.mode.registration) on \(region.host)",
+            .registration, "userfaultfd refuses \(region.registration) on \(region.host)",
             errno: error)
         }
       }
@@ -138,7 +140,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
     self.source = source
     self.options = options
     self.process = process
-    let threads = options.faultThreads + options.populateThreads
+    let threads = options.faultThreads + options.populateThreads + options.stageTwoThreads
     counters = (0..<threads).map { _ in WorkerSlot() }
   }
 

@@ -8,10 +8,14 @@ public struct PagerStatistics: Sendable {
   public var missingFaults: UInt64 = 0
   /// Faults on pages that were in the page cache already.
   public var minorFaults: UInt64 = 0
+  /// Stage-2 faults: a vCPU left KVM_RUN to ask for a page.
+  public var stageTwoFaults: UInt64 = 0
   /// Pages filled from the source by UFFDIO_COPY.
   public var copiedPages: UInt64 = 0
   /// Pages mapped by UFFDIO_CONTINUE.
   public var continuedPages: UInt64 = 0
+  /// Pages put into a guest_memfd by write(), for a stage-2 fault.
+  public var writtenPages: UInt64 = 0
   /// Pages resolved as zeros.
   public var zeroPages: UInt64 = 0
   /// Faults on a page that another thread was filling.
@@ -32,13 +36,15 @@ public struct PagerStatistics: Sendable {
   public var serviceTime = LatencyHistogram()
 
   /// All page faults.
-  public var faults: UInt64 { missingFaults + minorFaults }
+  public var faults: UInt64 { missingFaults + minorFaults + stageTwoFaults }
 }
 
 /// One thread's share of the statistics. Only that thread writes.
 struct WorkerCounters: ~Copyable, Sendable {
   let missingFaults = Atomic<UInt64>(0)
   let minorFaults = Atomic<UInt64>(0)
+  let stageTwoFaults = Atomic<UInt64>(0)
+  let writtenPages = Atomic<UInt64>(0)
   let copiedPages = Atomic<UInt64>(0)
   let continuedPages = Atomic<UInt64>(0)
   let zeroPages = Atomic<UInt64>(0)
@@ -54,6 +60,8 @@ struct WorkerCounters: ~Copyable, Sendable {
   borrowing func add(to total: inout PagerStatistics) {
     total.missingFaults += missingFaults.load(ordering: .relaxed)
     total.minorFaults += minorFaults.load(ordering: .relaxed)
+    total.stageTwoFaults += stageTwoFaults.load(ordering: .relaxed)
+    total.writtenPages += writtenPages.load(ordering: .relaxed)
     total.copiedPages += copiedPages.load(ordering: .relaxed)
     total.continuedPages += continuedPages.load(ordering: .relaxed)
     total.zeroPages += zeroPages.load(ordering: .relaxed)

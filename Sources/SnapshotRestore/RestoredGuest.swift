@@ -24,6 +24,8 @@ public struct RestoreOptions: Sendable {
   public var mode: ResolutionMode
   /// When.
   public var strategy: RestoreStrategy
+  /// With guest_memfd: how pages come; `nil` takes the best one that works here.
+  public var guestMemfd: GuestMemfdStrategy?
   /// The threads and callbacks of the pager.
   public var pager: PagerOptions
   /// Called while an eager restore fills memory: bytes done and in all.
@@ -57,6 +59,8 @@ public final class RestoredGuest: Sendable {
   public let guest: TestGuest
   /// Its memory.
   public let memory: GuestMemoryObject
+  /// How the pages of a guest_memfd come; `nil` for other memory.
+  public let guestMemfd: GuestMemfdStrategy?
   /// From the beginning of the restore to the guest's creation: CLOCK_MONOTONIC
   /// nanoseconds.
   public let preparationNanoseconds: UInt64
@@ -84,11 +88,26 @@ public final class RestoredGuest: Sendable {
         "\(region.length) bytes of guest memory are no whole number of \(options.backing.pageSize) "
           + "pages")
     }
-    memory = try Self.makeMemory(options.backing, region.length)
-    session = try Self.makeSession(memory, image, options)
+    let parts: GuestMemfdParts?
+    if options.backing == .guestMemfd {
+      guard kind == .kvm else {
+        throw SnapshotError(.guest, "guest_memfd is for KVM guests; \(path) holds a process guest")
+      }
+      let made = try GuestMemfdParts(Self.strategy(options), length: region.length)
+      memory = try made.makeMemory(length: region.length)
+      parts = made
+    } else {
+      parts = nil
+      memory = try Self.makeMemory(options.backing, region.length)
+    }
+    guestMemfd = parts?.strategy
+    session = try Self.makeSession(memory, image, options, parts?.strategy, vcpus: states.count)
+    let binding = try parts?.binding(session, vcpus: states.count)
     preparationNanoseconds = MonotonicClock.nanoseconds - startNanoseconds
     do throws(GuestError) {
-      guest = try TestGuest(restoring: memory.range, states: states, kind: kind)
+      guest = try TestGuest(
+        restoring: memory.range, states: states, kind: kind, handle: parts?.handle,
+        binding: binding)
     } catch {
       session.release()
       throw SnapshotError(.guest, error.description)
@@ -114,6 +133,12 @@ public final class RestoredGuest: Sendable {
   }
 
   // MARK: - Parts
+
+  private static func strategy(
+    _ options: RestoreOptions
+  ) throws(SnapshotError) -> GuestMemfdStrategy {
+    if let asked = options.guestMemfd { asked } else { try GuestMemfdStrategy.probe().strategy }
+  }
 
   private static func kind(of image: MemoryImage) throws(SnapshotError) -> TestGuest.Kind {
     switch image.metadata[GuestSnapshot.kindKey] {
@@ -149,13 +174,26 @@ public final class RestoredGuest: Sendable {
   }
 
   private static func makeSession(
-    _ memory: borrowing GuestMemoryObject, _ image: MemoryImage, _ options: RestoreOptions
+    _ memory: borrowing GuestMemoryObject, _ image: MemoryImage, _ options: RestoreOptions,
+    _ guestMemfd: GuestMemfdStrategy?, vcpus: Int
   ) throws(SnapshotError) -> PagerSession<ImageSource> {
     do {
-      let region = try PagedRegion(memory, mode: options.mode)
+      var pager = options.pager
+      var regions: [PagedRegion] = []
+      switch guestMemfd {
+      case .aheadOfTime?:
+        // Nothing is left to serve.
+        try AheadOfTimeFill(image, length: memory.range.length).run(
+          into: memory.range, threads: pager.populateThreads, progress: options.progress)
+      case .threeWay?:
+        pager.stageTwoThreads = vcpus
+        regions = [try PagedRegion(memory, mode: .missing, stageTwo: true)]
+      case .twoWay?, nil:
+        regions = [try PagedRegion(memory, mode: options.mode)]
+      }
       let session = try PagerSession(
         userfaultfd: try Userfaultfd(wanting: PagerSession<ImageSource>.features.wanted),
-        regions: [region], source: ImageSource(image), options: options.pager)
+        regions: regions, source: ImageSource(image), options: pager)
       try session.start()
       if options.strategy == .eager {
         do {
@@ -169,6 +207,8 @@ public final class RestoredGuest: Sendable {
         }
       }
       return session
+    } catch let error as SnapshotError {
+      throw error
     } catch let error as Errno where error == .invalidArgument && options.mode == .minor {
       throw SnapshotError(
         .memory, "\(options.backing) memory has no minor faults; use memfd or hugetlb memory")

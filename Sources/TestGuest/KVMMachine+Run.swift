@@ -72,6 +72,7 @@ extension KVMMachine {
       }
     case .mmioRead(let address, let size): try read(address, size, index)
     case .mmioWrite(let address, let size, let value): try write(value, address, size, index)
+    case .memoryFault(let address, _, .userfault) where provide(address, index): break
     default: throw failure(exit, index)
     }
     return true
@@ -88,9 +89,15 @@ extension KVMMachine {
       case .interrupted: return control.park(index)
       case .mmioRead(let address, let size): try read(address, size, index)
       case .mmioWrite(let address, let size, let value): try write(value, address, size, index)
+      case .memoryFault(let address, _, .userfault) where provide(address, index): break
       default: throw failure(exit, index)
       }
     }
+  }
+
+  /// Has a page provided that the vCPU may not have yet; `false` when there is none.
+  private func provide(_ address: GuestAddress, _ index: Int) -> Bool {
+    binding?.provide(index, address) ?? false
   }
 
   // MARK: - Memory without a slot

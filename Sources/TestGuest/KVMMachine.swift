@@ -30,18 +30,22 @@ final class KVMMachine: GuestMachine {
   let memory: HostRange
   let slots = Monitor(Slots())
   let processors: [KVMProcessor]
-  private let machine: VirtualMachine
+  let binding: GuestMemfdBinding?
+  private let handle: GuestMachineHandle
   private let stateMSRs: [UInt32]
   private let slotThread = Mutex<JoinableThread?>(nil)
   private let sampleBuffer = Mutex<HostRange?>(nil)
 
   /// A machine whose vCPUs stand at the program's entry.
-  convenience init(booting memory: HostRange, processors count: Int) throws(GuestError) {
+  convenience init(
+    booting memory: HostRange, processors count: Int, _ handle: GuestMachineHandle,
+    _ binding: GuestMemfdBinding?
+  ) throws(GuestError) {
     let system = try Self.open()
     let cpuid = try host("Asking KVM for the CPUID of guests") { () throws(Errno) in
       try system.supportedCPUID()
     }
-    try self.init(memory, system, count) { vcpu, index throws(Errno) in
+    try self.init(memory, system, count, handle, binding) { vcpu, index throws(Errno) in
       try vcpu.setCPUID(cpuid)
       try vcpu.enterLongMode(
         pageTables: GuestAddress(UInt64(CGUEST_PML4)), userPrivilege: true)
@@ -55,23 +59,24 @@ final class KVMMachine: GuestMachine {
   }
 
   /// A machine whose vCPUs go on where they were saved.
-  convenience init(restoring memory: HostRange, states: [VCPUState]) throws(GuestError) {
+  convenience init(
+    restoring memory: HostRange, states: [VCPUState], _ handle: GuestMachineHandle,
+    _ binding: GuestMemfdBinding?
+  ) throws(GuestError) {
     let system = try Self.open()
-    try self.init(memory, system, states.count) { vcpu, index throws(Errno) in
+    try self.init(memory, system, states.count, handle, binding) { vcpu, index throws(Errno) in
       try vcpu.restoreState(states[index])
     }
   }
 
   private init(
     _ memory: HostRange, _ system: borrowing KVMSystem, _ count: Int,
+    _ handle: GuestMachineHandle, _ binding: GuestMemfdBinding?,
     prepare: (borrowing VCPU, Int) throws(Errno) -> Void
   ) throws(GuestError) {
     self.memory = memory
     try host("Installing the signal that interrupts vCPUs") { () throws(Errno) in
       try KickSignal.install()
-    }
-    let machine = try host("Creating a virtual machine") { () throws(Errno) in
-      try VirtualMachine(system)
     }
     stateMSRs = try host("Asking KVM for its list of MSRs") { () throws(Errno) in
       try system.stateMSRs()
@@ -80,13 +85,14 @@ final class KVMMachine: GuestMachine {
     for index in 0..<count {
       processors.append(
         try host("Preparing vCPU \(index)") { () throws(Errno) in
-          let vcpu = try VCPU(machine, identifier: index)
+          let vcpu = try VCPU(handle.machine, identifier: index)
           try prepare(vcpu, index)
           return KVMProcessor(vcpu)
         })
     }
     self.processors = processors
-    self.machine = machine
+    self.handle = handle
+    self.binding = binding
     try installSlot(0, upTo: min(Self.firstSlot, memory.length))
     if memory.length > Self.firstSlot {
       let thread = try JoinableThread(name: "guest-slots") { [self] in installOtherSlots() }
@@ -104,9 +110,14 @@ final class KVMMachine: GuestMachine {
   private func installSlot(_ number: UInt32, upTo end: Int) throws(GuestError) {
     let start = slots.withLock { $0.installed }
     try host("Giving the guest its memory from \(start) to \(end)") { () throws(Errno) in
-      try machine.setMemory(
-        slot: number, at: GuestAddress(UInt64(start)),
-        to: HostRange(start: memory.start.advanced(by: start), length: end - start))
+      let address = GuestAddress(UInt64(start))
+      let part = HostRange(start: memory.start.advanced(by: start), length: end - start)
+      guard let binding else {
+        return try handle.machine.setMemory(slot: number, at: address, to: part)
+      }
+      try handle.machine.setMemory(
+        slot: number, at: address, to: part, guestMemfd: binding.file.descriptor, offset: start,
+        userfaults: binding.userfaults, firstBit: start / 4096)
     }
     slots.withLock { $0.installed = end }
   }
@@ -156,8 +167,8 @@ final class KVMMachine: GuestMachine {
     let present = sampleBuffer.withLock { $0 }
     if present == buffer { return base }
     try host("Giving the guest room for samples") { () throws(Errno) in
-      if present != nil { try machine.removeMemory(slot: Self.sampleSlot) }
-      try machine.setMemory(slot: Self.sampleSlot, at: GuestAddress(base), to: buffer)
+      if present != nil { try handle.machine.removeMemory(slot: Self.sampleSlot) }
+      try handle.machine.setMemory(slot: Self.sampleSlot, at: GuestAddress(base), to: buffer)
     }
     sampleBuffer.withLock { $0 = buffer }
     return base

@@ -52,16 +52,21 @@ public final class TestGuest: Sendable {
   /// - Parameters:
   ///   - memory: mapped and writable; 2 MiB to 64 GiB in steps of 2 MiB.
   ///   - vcpus: 1 to 64.
+  ///   - handle: the machine that owns a guest_memfd; only for KVM, for one guest.
+  ///   - binding: `nil` lets a KVM guest use the mapping.
   /// - Throws: `.invalidArgument`, `.unavailable` without KVM, `.hostFailure`.
   public convenience init(
-    booting memory: HostRange, vcpus: Int = 1, kind: Kind
+    booting memory: HostRange, vcpus: Int = 1, kind: Kind, handle: GuestMachineHandle? = nil,
+    binding: GuestMemfdBinding? = nil
   ) throws(GuestError) {
     let start = MonotonicClock.nanoseconds
     try GuestLayout.validate(memory, processors: vcpus)
     GuestLayout.install(in: memory, processors: vcpus)
     let machine: any GuestMachine =
       switch kind {
-      case .kvm: try KVMMachine(booting: memory, processors: vcpus)
+      case .kvm:
+        try KVMMachine(
+          booting: memory, processors: vcpus, Self.machine(handle), binding)
       case .process: ProcessMachine(memory, processors: vcpus)
       }
     try self.init(
@@ -75,10 +80,13 @@ public final class TestGuest: Sendable {
   ///   - memory: as long as the memory of the guest that was saved, with its content or
   ///     registered so that its pages come when they are touched.
   ///   - states: from `saveState()`, of a guest of the same kind.
+  ///   - handle: the machine that owns a guest_memfd; only for KVM, for one guest.
+  ///   - binding: `nil` lets a KVM guest use the mapping.
   /// - Throws: `.damagedState` for bytes that are no state of such a guest, and what
   ///   `init(booting:vcpus:kind:)` throws.
   public convenience init(
-    restoring memory: HostRange, states: [[UInt8]], kind: Kind
+    restoring memory: HostRange, states: [[UInt8]], kind: Kind,
+    handle: GuestMachineHandle? = nil, binding: GuestMemfdBinding? = nil
   ) throws(GuestError) {
     let start = MonotonicClock.nanoseconds
     try GuestLayout.validate(memory, processors: states.count)
@@ -92,11 +100,18 @@ public final class TestGuest: Sendable {
     switch kind {
     case .kvm:
       let registers = try saved.map { state throws(GuestError) in try state.vcpuState() }
-      machine = try KVMMachine(restoring: memory, states: registers)
+      machine = try KVMMachine(
+        restoring: memory, states: registers, Self.machine(handle), binding)
     case .process:
       machine = ProcessMachine(memory, processors: states.count)
     }
     try self.init(memory, kind, machine, saved.map { $0.processor(kind) }, start)
+  }
+
+  private static func machine(
+    _ handle: GuestMachineHandle?
+  ) throws(GuestError) -> GuestMachineHandle {
+    if let handle { handle } else { try GuestMachineHandle() }
   }
 
   private init(

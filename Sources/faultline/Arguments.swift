@@ -38,6 +38,8 @@ func validateGuest(memory: MemorySize, vcpus: Int) throws {
   guard (1...64).contains(vcpus) else { throw ValidationError("--vcpus must be 1 to 64") }
 }
 
+extension GuestMemfdStrategy: ExpressibleByArgument {}
+
 extension MemoryBacking: ExpressibleByArgument {
   /// Takes the names that `allNamed` has.
   public init?(argument: String) { self.init(name: argument) }

@@ -20,6 +20,7 @@ struct RestoreCommand: ParsableCommand {
 
       faultline restore guest.img
       faultline restore guest.img --backing memfd --faults minor --order random
+      faultline restore guest.img --backing guest_memfd
       faultline restore guest.img --strategy eager             all memory first, for comparison
       faultline restore guest.img --workload touch             touch every page once, timed
       """)
@@ -34,6 +35,10 @@ struct RestoreCommand: ParsableCommand {
   @Option(help: "missing: UFFDIO_COPY; minor: page cache and UFFDIO_CONTINUE (shared memory).")
   var faults: ResolutionMode = .missing
   @OptionGroup var memoryOptions: MemoryOptions
+  @Option(
+    name: .customLong("guest-memfd"),
+    help: "With --backing guest_memfd: three-way, two-way or ahead-of-time; else the best here.")
+  var guestMemfd: GuestMemfdStrategy?
   @Option(help: "What the guest does: verify, touch or none.")
   var workload: Work = .verify
   @Option(help: "The order of its pages: sequential or random.")
@@ -47,6 +52,9 @@ struct RestoreCommand: ParsableCommand {
     guard (1...64).contains(faultThreads) else {
       throw ValidationError("--fault-threads must be 1 to 64")
     }
+    guard guestMemfd == nil || memoryOptions.backing == .guestMemfd else {
+      throw ValidationError("--guest-memfd needs --backing guest_memfd")
+    }
   }
 
   func run() throws {
@@ -55,6 +63,11 @@ struct RestoreCommand: ParsableCommand {
     var options = RestoreOptions(
       backing: memoryOptions.backing, mode: faults, strategy: strategy,
       progress: progress.callback)
+    if memoryOptions.backing == .guestMemfd {
+      let (best, reason) = try GuestMemfdStrategy.probe()
+      options.guestMemfd = guestMemfd ?? best
+      if guestMemfd == nil { Terminal.note("faultline: guest_memfd \(best.rawValue): \(reason)") }
+    }
     options.pager = PagerOptions(
       faultThreads: faultThreads,
       onFailure: { Terminal.note("faultline: \($0)") },

@@ -27,6 +27,10 @@ struct RestoreReport: Codable {
   var touchP99Nanoseconds: UInt64?
   var missingFaults: UInt64 = 0
   var minorFaults: UInt64 = 0
+  var stageTwoFaults: UInt64 = 0
+  var writtenPages: UInt64 = 0
+  /// How the pages of a guest_memfd came.
+  var guestMemfd: String?
   var copiedPages: UInt64 = 0
   var continuedPages: UInt64 = 0
   var zeroPages: UInt64 = 0
@@ -42,6 +46,7 @@ struct RestoreReport: Codable {
     backing = command.memoryOptions.backing.description
     faultMode = command.faults.rawValue
     strategy = command.strategy.rawValue
+    guestMemfd = restored.guestMemfd?.rawValue
     guest = restored.guest.kind == .kvm ? "kvm" : "process"
     vcpus = restored.guest.vcpuCount
     memoryBytes = restored.memory.range.length
@@ -66,6 +71,8 @@ struct RestoreReport: Codable {
     let statistics = restored.session.statistics
     missingFaults = statistics.missingFaults
     minorFaults = statistics.minorFaults
+    stageTwoFaults = statistics.stageTwoFaults
+    writtenPages = statistics.writtenPages
     copiedPages = statistics.copiedPages
     continuedPages = statistics.continuedPages
     zeroPages = statistics.zeroPages
@@ -78,15 +85,19 @@ struct RestoreReport: Codable {
 
   func show(json: Bool) throws {
     guard !json else { return try Terminal.printJSON(self) }
-    let faults = missingFaults + minorFaults
-    print("\(strategy) restore of \(image): \(Terminal.size(memoryBytes)) of \(backing) memory")
+    let faults = missingFaults + minorFaults + stageTwoFaults
+    let how = guestMemfd.map { ", \($0)" } ?? ""
+    print(
+      "\(strategy) restore of \(image): \(Terminal.size(memoryBytes)) of \(backing) memory\(how)")
     row("guest", "\(guest), \(vcpus) vCPU\(vcpus == 1 ? "" : "s")")
     row("first instruction after", Terminal.duration(firstInstructionNanoseconds))
     row("done after", Terminal.duration(doneNanoseconds))
-    row("faults", "\(faults): \(missingFaults) missing, \(minorFaults) minor")
+    row(
+      "faults",
+      "\(faults): \(missingFaults) missing, \(minorFaults) minor, \(stageTwoFaults) stage-2")
     row(
       "resolved by",
-      "\(copiedPages) copy, \(continuedPages) continue, \(zeroPages) zero"
+      "\(copiedPages) copy, \(continuedPages) continue, \(writtenPages) write, \(zeroPages) zero"
         + (populatedPages > 0 ? " (\(populatedPages) pages in bulk)" : ""))
     if let serviceP50Nanoseconds, let serviceP99Nanoseconds {
       row(

@@ -51,6 +51,10 @@ struct SnapshotCommand: ParsableCommand {
 
   func validate() throws {
     try validateGuest(memory: memory, vcpus: vcpus)
+    guard memoryOptions.backing != .guestMemfd else {
+      throw ValidationError(
+        "--backing guest_memfd is for `faultline restore`; an image fits any kind of memory")
+    }
   }
 
   func run() throws {

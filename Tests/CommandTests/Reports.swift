@@ -17,6 +17,8 @@ struct Restored: Decodable {
   let touchP50Nanoseconds: UInt64?
   let missingFaults: Int
   let minorFaults: Int
+  let stageTwoFaults: Int
+  let guestMemfd: String?
   let copiedPages: Int
   let continuedPages: Int
   let zeroPages: Int
