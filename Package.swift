@@ -40,6 +40,7 @@ let package = Package(
     .library(name: "Userfault", targets: ["Userfault"]),
     .library(name: "KVM", targets: ["KVM"]),
     .library(name: "GuestMemory", targets: ["GuestMemory"]),
+    .library(name: "GuestMemoryModel", targets: ["GuestMemoryModel"]),
     .library(name: "MemoryImage", targets: ["MemoryImage"]),
     .library(name: "Pager", targets: ["Pager"]),
   ],
@@ -57,6 +58,7 @@ let package = Package(
       linkerSettings: [.linkedLibrary("pthread")]),
 
     // The libraries; each may import only those above it.
+    .target(name: "GuestMemoryModel", swiftSettings: swiftSettings),
     library("LinuxSystem", ["CLinux"]),
     library("Userfault", ["LinuxSystem", "CLinux"]),
     library("KVM", ["LinuxSystem", "CLinux"]),
@@ -95,6 +97,7 @@ let package = Package(
       ],
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
+    tests("GuestMemoryModelTests", ["GuestMemoryModel"]),
     tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),
