@@ -70,6 +70,9 @@ let package = Package(
       "SnapshotRestore",
       ["TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem"]),
     library(
+      "ModelCheck",
+      ["GuestMemoryModel", "GuestMemory", "Userfault", "LinuxSystem", "CLinux", "CGuestProgram"]),
+    library(
       "BenchmarkSuite",
       [
         "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
@@ -97,7 +100,7 @@ let package = Package(
       ],
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
-    tests("GuestMemoryModelTests", ["GuestMemoryModel"]),
+    tests("GuestMemoryModelTests", ["GuestMemoryModel", "ModelCheck", "Userfault", "LinuxSystem"]),
     tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),

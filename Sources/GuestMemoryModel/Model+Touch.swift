@@ -90,8 +90,9 @@ extension Model {
       mappings[mapping].table[page] = .mapped(target, protection)
       return nil
     }
-    if let outcome = faultBeforeLookup(mapping, page, access) { return outcome }
+    // do_read_fault(): neighbours first, even of a page beyond the end.
     if !access.isWrite { faultAround(mapping, page) }
+    if let outcome = faultBeforeLookup(mapping, page, access) { return outcome }
     if case .mapped = mappings[mapping].table[page] { return nil }
 
     if cache[page] == .absent {
@@ -162,12 +163,23 @@ extension Model {
   }
 
   /// The pages of the vm_area_struct around a page: neighbours with the same
-  /// registration merge (vma_modify_flags_uffd()).
+  /// registration merge (vma_modify_flags_uffd()), but on hugetlbfs, whose areas are
+  /// VM_DONTEXPAND, they stay split for ever (can_vma_merge_before()).
   func areaPages(_ mapping: Int, _ page: Int) -> Range<Int> {
     let modes = mappings[mapping].modes
+    let splits = mappings[mapping].splits
     var (first, end) = (page, page + 1)
-    while first > 0, modes[first - 1] == modes[page] { first -= 1 }
-    while end < modes.count, modes[end] == modes[page] { end += 1 }
+    while first > 0, modes[first - 1] == modes[page], !splits[first] { first -= 1 }
+    while end < modes.count, modes[end] == modes[page], !splits[end] { end += 1 }
     return first..<end
+  }
+
+  /// Splits the areas at the ends of a span where they change.
+  mutating func split(_ span: Span, where changes: (ModelModes) -> Bool) {
+    guard setup.memory == .hugetlb else { return }
+    let modes = mappings[span.mapping].modes
+    if changes(modes[span.first]) { mappings[span.mapping].splits[span.first] = true }
+    let end = span.pages.upperBound
+    if end < modes.count, changes(modes[end - 1]) { mappings[span.mapping].splits[end] = true }
   }
 }

@@ -16,6 +16,7 @@ extension Model {
       }
       if drops { return .failed(.EBUSY) }
     }
+    split(span) { !$0.isSuperset(of: modes) }
     for page in span.pages where !held[page].isSuperset(of: modes) {
       // userfaultfd_register_range() skips an area that has all the modes already: more
       // modes than asked for stay.
@@ -52,6 +53,7 @@ extension Model {
       return StepResult(.failed(.EINVAL))
     }
     let held = mappings[span.mapping].modes
+    split(span) { !$0.isEmpty }
     for page in span.pages {
       // userfaultfd_clear_vma() resolves the protection of a WP area.
       if held[page].contains(.writeProtect) { resolveProtection(span.mapping, page) }

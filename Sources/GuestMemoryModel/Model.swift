@@ -103,6 +103,8 @@ public struct MappingState: Hashable, Sendable {
   public internal(set) var table: [TableEntry]
   /// The registration of each page; empty where there is none.
   public internal(set) var modes: [ModelModes]
+  /// Where a page starts an area that does not merge with the one before it.
+  var splits: [Bool]
 }
 
 /// A touch that waits in handle_userfault().
@@ -142,7 +144,8 @@ public struct Model: Hashable, Sendable {
     mappings = setup.mappings.map { mapping in
       MappingState(
         setup: mapping, table: Array(repeating: .none, count: length),
-        modes: Array(repeating: [], count: length))
+        modes: Array(repeating: [], count: length),
+        splits: Array(repeating: false, count: length))
     }
   }
 
@@ -177,7 +180,10 @@ public struct Model: Hashable, Sendable {
       let used = mappings[mapping].table.indices.filter { mappings[mapping].table[$0] != .none }
       return StepResult(.pages(bits(used), count: used.count))
     case .inspectCache:
-      let uptodate = cache.indices.filter { if case .uptodate = cache[$0] { true } else { false } }
+      // hugetlbfs does not tell which pages it has (no SEEK_DATA), only how many.
+      let uptodate = cache.indices.filter { page in
+        if case .uptodate = cache[page] { setup.memory != .hugetlb } else { false }
+      }
       return StepResult(.pages(bits(uptodate), count: cache.count { $0 != .absent }))
     }
   }
