@@ -40,6 +40,7 @@ let package = Package(
     .library(name: "Userfault", targets: ["Userfault"]),
     .library(name: "KVM", targets: ["KVM"]),
     .library(name: "GuestMemory", targets: ["GuestMemory"]),
+    .library(name: "GuestMemoryModel", targets: ["GuestMemoryModel"]),
     .library(name: "MemoryImage", targets: ["MemoryImage"]),
     .library(name: "Pager", targets: ["Pager"]),
   ],
@@ -57,6 +58,7 @@ let package = Package(
       linkerSettings: [.linkedLibrary("pthread")]),
 
     // The libraries; each may import only those above it.
+    .target(name: "GuestMemoryModel", swiftSettings: swiftSettings),
     library("LinuxSystem", ["CLinux"]),
     library("Userfault", ["LinuxSystem", "CLinux"]),
     library("KVM", ["LinuxSystem", "CLinux"]),
@@ -67,6 +69,9 @@ let package = Package(
     library(
       "SnapshotRestore",
       ["TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem"]),
+    library(
+      "ModelCheck",
+      ["GuestMemoryModel", "GuestMemory", "Userfault", "LinuxSystem", "CLinux", "CGuestProgram"]),
     library(
       "BenchmarkSuite",
       [
@@ -104,6 +109,7 @@ let package = Package(
       ],
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
+    tests("GuestMemoryModelTests", ["GuestMemoryModel", "ModelCheck", "Userfault", "LinuxSystem"]),
     tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),
