@@ -109,7 +109,6 @@ let package = Package(
       ],
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
-    tests("GuestMemoryModelTests", ["GuestMemoryModel", "ModelCheck", "Userfault", "LinuxSystem"]),
     tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),
