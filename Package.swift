@@ -85,8 +85,8 @@ let package = Package(
     .executableTarget(
       name: "GuestMemfdLab",
       dependencies: [
-        "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "KVM", "Userfault",
-        "LinuxSystem", systemPackage,
+        "ModelCheck", "GuestMemoryModel", "SnapshotRestore", "TestGuest", "Pager", "MemoryImage",
+        "GuestMemory", "KVM", "Userfault", "LinuxSystem", systemPackage,
       ],
       path: "Lab/GuestMemfdLab", swiftSettings: swiftSettings),
 
@@ -95,7 +95,7 @@ let package = Package(
       name: "faultline",
       dependencies: [
         "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
-        "LinuxSystem", "BenchmarkSuite", systemPackage,
+        "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel", "ModelCheck", systemPackage,
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],
       swiftSettings: swiftSettings),
@@ -114,6 +114,7 @@ let package = Package(
     tests("KVMTests", ["KVM", "LinuxSystem"]),
     tests(
       "TestGuestTests", ["TestGuest", "KVM", "Userfault", "LinuxSystem", "CGuestProgram"]),
+    tests("GuestMemoryModelTests", ["GuestMemoryModel"]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(
       "PagerTests",

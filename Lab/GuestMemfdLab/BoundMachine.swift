@@ -8,6 +8,8 @@ import SystemPackage
 final class BoundMachine {
   static let dataAddress = GuestAddress(2 << 20)
   private static let port: UInt16 = 0x70
+  private static let load = 0x8000
+  private static let store = 0x8010
 
   let memory: SharedGuestMemory
   let userfaults: UserfaultBitmap?
@@ -15,20 +17,24 @@ final class BoundMachine {
   private let vcpu: VCPU
 
   init(
-    userfaults: UserfaultBitmap?, flags: GuestMemfdFlags = [.mmap, .initShared, .write]
+    userfaults: UserfaultBitmap?, flags: GuestMemfdFlags = [.mmap, .initShared, .write],
+    pageCount: Int = SharedGuestMemory.pageCount
   ) throws {
     // One 2 MiB page of the guest's tables covers the slot.
-    let memory = try SharedGuestMemory(flags: flags)
+    let memory = try SharedGuestMemory(flags: flags, pageCount: pageCount)
     let code = try Mapping(anonymous: 2 << 20)
-    // Page tables of two 2 MiB pages, then: mov (%rdi), %rax; out %al, %dx; jmp itself.
+    // Page tables of two 2 MiB pages, then: mov (%rdi), %rax; out %al, %dx; jmp itself; and
+    // the same with mov %rax, (%rdi).
     // SAFETY: all offsets lie in the 2 MiB of the mapping.
     unsafe code.pointer.storeBytes(of: 0x2007, toByteOffset: 0x1000, as: UInt64.self)
     unsafe code.pointer.storeBytes(of: 0x3007, toByteOffset: 0x2000, as: UInt64.self)
     unsafe code.pointer.storeBytes(of: 0x0087, toByteOffset: 0x3000, as: UInt64.self)
     unsafe code.pointer.storeBytes(of: 0x20_0087, toByteOffset: 0x3008, as: UInt64.self)
-    for (index, byte) in [0x48, 0x8B, 0x07, 0xEE, 0xEB, 0xFE].enumerated() {
-      unsafe code.pointer.storeBytes(
-        of: UInt8(byte), toByteOffset: 0x8000 + index, as: UInt8.self)
+    for (start, opcode) in [(Self.load, 0x8B), (Self.store, 0x89)] {
+      for (index, byte) in [0x48, opcode, 0x07, 0xEE, 0xEB, 0xFE].enumerated() {
+        unsafe code.pointer.storeBytes(
+          of: UInt8(byte), toByteOffset: start + index, as: UInt8.self)
+      }
     }
     try memory.machine.setMemory(slot: 0, at: GuestAddress(0), to: code.range)
     try memory.machine.setMemory(
@@ -49,9 +55,23 @@ final class BoundMachine {
   }
 
   /// Lets the vCPU read the first word of a page, and returns why it came back.
-  func read(_ page: Int) throws -> VCPUExit {
+  func read(_ page: Int) throws -> VCPUExit { try start(Self.load, page, 0) }
+
+  /// Lets the vCPU write the first word of a page.
+  func write(_ page: Int, _ word: UInt64) throws -> VCPUExit {
+    try start(Self.store, page, word)
+  }
+
+  /// What the vCPU read or wrote, if the exit says that it did.
+  func word(after exit: VCPUExit) throws -> UInt64? {
+    guard case .portOutput(Self.port, _, _, _) = exit else { return nil }
+    return try vcpu.registers().rax
+  }
+
+  private func start(_ code: Int, _ page: Int, _ word: UInt64) throws -> VCPUExit {
     var registers = GeneralRegisters()
-    registers.rip = 0x8000
+    registers.rip = UInt64(code)
+    registers.rax = word
     registers.rflags = 0x3002
     registers.rdx = UInt64(Self.port)
     registers.rdi = Self.guestAddress(page).rawValue
@@ -64,9 +84,9 @@ final class BoundMachine {
 
   /// Fails unless the vCPU has read this word.
   func expect(_ exit: VCPUExit, reads word: UInt64) throws {
-    guard case .portOutput(Self.port, _, _, _) = exit else {
+    guard let found = try self.word(after: exit) else {
       throw Mismatch(description: "the vCPU stopped with \(exit)")
     }
-    try GuestMemfdLab.expect(try vcpu.registers().rax, word, "what the vCPU read")
+    try GuestMemfdLab.expect(found, word, "what the vCPU read")
   }
 }

@@ -25,10 +25,11 @@ extension Model {
   private mutating func writeToGuestMemfd(
     _ pages: Range<Int>, _ tag: UInt64, _ readable: Int
   ) -> Outcome {
-    // An anonymous inode without FMODE_PWRITE: ksys_pwrite64().
-    if setup.kernel.guestMemfdWrite == .none { return .failed(.ESPIPE) }
-    // A guest_memfd made without the flag for it, which private memory cannot have.
-    if setup.memory == .guestMemfdPrivate { return .failed(.ENODEV) }
+    // An anonymous inode without FMODE_PWRITE: ksys_pwrite64(). Also where it was made
+    // without the flag, which private memory cannot have.
+    if setup.kernel.guestMemfdWrite == .none || setup.memory == .guestMemfdPrivate {
+      return .failed(.ESPIPE)
+    }
     if pages.upperBound > setup.objectPages { return .failed(.EINVAL) }
     for page in pages {
       let done = page - pages.lowerBound
@@ -76,7 +77,11 @@ extension Model {
   mutating func punchHole(_ first: Int, _ count: Int) -> Outcome {
     if setup.memory == .anonymous { return .failed(.ENODEV) }
     for page in first..<(first + count) {
-      for mapping in mappings.indices { zap(mapping, page, copiesToo: setup.memory == .hugetlb) }
+      if setup.memory.isGuestMemfd {
+        truncate(page)
+      } else {
+        for mapping in mappings.indices { zap(mapping, page, copiesToo: setup.memory == .hugetlb) }
+      }
       if page < setup.objectPages {
         cache[page] = .absent
         // kvm_gmem_invalidate_start() takes the page from the guest.
@@ -84,6 +89,19 @@ extension Model {
       }
     }
     return .done(0)
+  }
+
+  /// kvm_gmem_punch_hole() leaves the user mappings to truncate_inode_pages_range(): where a
+  /// folio is mapped, unmap_mapping_folio() clears that page in all mappings, and
+  /// ZAP_FLAG_DROP_MARKER takes protection markers along. Poison stays (should_zap_cows()).
+  private mutating func truncate(_ page: Int) {
+    let isMapped = mappings.contains { mapping in
+      if case .mapped = mapping.table[page] { true } else { false }
+    }
+    guard isMapped else { return }
+    for mapping in mappings.indices where mappings[mapping].table[page] != .poison {
+      mappings[mapping].table[page] = .none
+    }
   }
 
   // MARK: - madvise(2)
@@ -107,7 +125,12 @@ extension Model {
     case .mapped(.copy, _) where !copiesToo: break
     case .mapped(_, let protection):
       let leavesMarker =
-        setup.memory != .anonymous && isProtected && protection != .none
+        switch setup.memory {
+        case .anonymous: false
+        // __unmap_hugepage_range() looks at the bit only.
+        case .hugetlb: protection != .none
+        default: isProtected && protection != .none
+        }
       mappings[mapping].table[page] = leavesMarker ? .protectedMarker : .none
     }
   }

@@ -15,6 +15,9 @@ extension Model {
       case .mapped(let target, let protection):
         guard case .write(let value) = access else { return .value(read(target, page)) }
         if let outcome = faultOnProtectedEntry(mapping, page, protection) { return outcome }
+        // Only before 7.3, where a registration can drop WP: hugetlb_fault() sees no WP to
+        // report, and hugetlb_wp() leaves a page with the bit to hugetlb_fault().
+        if setup.memory == .hugetlb, protection == .armed { return .neverEnds }
         store(value, mapping, page, target)
         return .value(value)
       }
@@ -42,9 +45,9 @@ extension Model {
     if protection == .armed {
       // Not registered WP (any more): do_wp_page() does not look at the bit. Reusing the
       // page keeps the bit and makes the entry writable (wp_page_reuse()), copying drops
-      // it (wp_page_copy()). hugetlb_fault() clears it.
+      // it (wp_page_copy()).
       let reuses = target == .cache ? !isPrivate : target != .zero
-      protection = reuses && setup.memory != .hugetlb ? .stale : .none
+      protection = reuses ? .stale : .none
     } else if isPrivate, target == .cache || target == .zero {
       protection = .none
     }
@@ -80,8 +83,9 @@ extension Model {
     if wasMarked, !modes.contains(.writeProtect), setup.memory != .hugetlb {
       mappings[mapping].table[page] = .none
     }
-    let protection: TableEntry.Protection =
-      wasMarked && modes.contains(.writeProtect) ? .armed : .none
+    // hugetlb_no_page() takes the marker's bit over without a look at the registration.
+    let keepsProtection = modes.contains(.writeProtect) || setup.memory == .hugetlb
+    let protection: TableEntry.Protection = wasMarked && keepsProtection ? .armed : .none
 
     if setup.memory == .anonymous {
       // do_anonymous_page(): a read maps the zero page.

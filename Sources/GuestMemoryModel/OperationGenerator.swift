@@ -92,9 +92,13 @@ public struct OperationGenerator: Sendable {
 /// Makes a failing list of steps shorter.
 public enum Shrinker {
   /// Drops halves, quarters and so on down to single steps as long as the rest fails.
+  ///
+  /// - Parameter attempts: how often to try at most; a failure that comes and goes would
+  ///   take long otherwise.
   public static func shrink(
-    _ operations: [Operation], while fails: ([Operation]) -> Bool
+    _ operations: [Operation], attempts: Int = 2000, while fails: ([Operation]) -> Bool
   ) -> [Operation] {
+    var attempts = attempts
     var current = operations
     var size = max(1, current.count / 2)
     while true {
@@ -103,6 +107,8 @@ public enum Shrinker {
       while start < current.count {
         var candidate = current
         candidate.removeSubrange(start..<min(start + size, current.count))
+        attempts -= 1
+        if attempts < 0 { return current }
         if !candidate.isEmpty, fails(candidate) {
           current = candidate
           changed = true

@@ -193,6 +193,8 @@ public enum Outcome: Hashable, Sendable {
   case value(UInt64)
   /// SIGBUS.
   case busError
+  /// The access faults again and again, without an event: a defect of the kernel.
+  case neverEnds
   /// The toucher waits; the event was queued.
   case waits(FaultEvent)
   /// KVM_RUN returned KVM_EXIT_MEMORY_FAULT; `userfault` is the flag of the bitmap.

@@ -106,6 +106,19 @@ public struct Mapping: ~Copyable, @unchecked Sendable {
     _ = try retryingInterrupted { clinux_madvise(start, length, advice.rawValue) }
   }
 
+  /// mincore(2): for each 4 KiB page whether it is mapped or, where the mapping has
+  /// nothing yet, up to date in the page cache of its object.
+  public borrowing func residentPages() throws(Errno) -> [Bool] {
+    var bytes = [UInt8](repeating: 0, count: (length + 4095) / 4096)
+    let start = UInt(range.start.rawValue)
+    let result = unsafe bytes.withUnsafeMutableBufferPointer { bytes in
+      // SAFETY: one byte for each page of the mapping.
+      unsafe clinux_mincore(start, range.length, bytes.baseAddress)
+    }
+    _ = try check(result)
+    return bytes.map { $0 & 1 == 1 }
+  }
+
   /// Takes part of the mapping away, as munmap(2) does; for tests of events. The
   /// addresses stay reserved, so that nobody else's mapping lands inside of ours.
   package borrowing func punchOut(offset: Int, length: Int) throws(Errno) {

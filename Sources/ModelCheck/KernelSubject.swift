@@ -50,7 +50,7 @@ public final class KernelSubject {
     _ setup: Setup, object: MemoryObject? = nil, source: SourcePages,
     stageTwo: (any StageTwo)? = nil
   ) throws {
-    pageBytes = setup.memory == .hugetlb ? PageSize.size2MiB.bytes : PageSize.size4KiB.bytes
+    pageBytes = setup.pageBytes
     self.source = source
     self.stageTwo = stageTwo
     let length = setup.mappingPages * pageBytes
@@ -238,6 +238,13 @@ public final class KernelSubject {
       for page in first..<(first + part.length / pageBytes) { bits |= 1 << UInt64(page) }
     }
     return .pages(bits, count: bits.nonzeroBitCount)
+  }
+}
+
+extension Setup {
+  /// Bytes of a page of this memory.
+  public var pageBytes: Int {
+    memory == .hugetlb ? PageSize.size2MiB.bytes : PageSize.size4KiB.bytes
   }
 }
 

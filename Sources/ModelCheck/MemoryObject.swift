@@ -9,18 +9,20 @@ public import SystemPackage
 public final class MemoryObject {
   private let descriptor: OwnedDescriptor
   private let isHuge: Bool
-  private let isBrought: Bool
+  /// A mapping that nobody touches, to ask for the page cache of a guest_memfd, which has
+  /// neither SEEK_DATA nor a block count.
+  private let window: Mapping?
 
-  /// A descriptor of a guest_memfd, whose length is its object's.
-  public init(adopting descriptor: consuming OwnedDescriptor) {
+  /// A descriptor of a guest_memfd of that many bytes.
+  public init(adopting descriptor: consuming OwnedDescriptor, length: Int) throws(Errno) {
+    window = try Mapping(of: descriptor, length: length, sharing: .shared)
     self.descriptor = descriptor
     isHuge = false
-    isBrought = true
   }
 
   init(length: Int, pageBytes: Int) throws(Errno) {
     isHuge = pageBytes != PageSize.size4KiB.bytes
-    isBrought = false
+    window = nil
     let file = try MemoryFile(
       name: "faultline-model", length: length, pageSize: isHuge ? .size2MiB : .size4KiB)
     descriptor = try file.descriptor.duplicate()
@@ -32,7 +34,10 @@ public final class MemoryObject {
 
   /// Sets the length, so that the mappings reach beyond the end, and empties the object.
   func cut(to length: Int) throws(Errno) {
-    if isBrought { return }
+    switch window {
+    case .some: return
+    case .none: break
+    }
     try descriptor.setLength(length)
     let mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
     _ = try check(clinux_fallocate(descriptor.rawValue, mode, 0, off_t(length)))
@@ -70,6 +75,13 @@ public final class MemoryObject {
 
   /// SEEK_DATA finds pages that are up to date; the block count is that of all pages.
   private func inspect(_ pageBytes: Int) throws(Errno) -> Outcome {
+    switch window {
+    case .some(let window):
+      let pages = try window.residentPages()
+      let uptodate = pages.indices.filter { pages[$0] }.reduce(0) { $0 | UInt64(1) << $1 }
+      return .pages(uptodate, count: uptodate.nonzeroBitCount)
+    case .none: break
+    }
     let count = try descriptor.status.allocatedBytes / pageBytes
     // hugetlbfs says that all is data.
     if isHuge { return .pages(0, count: count) }

@@ -105,6 +105,14 @@ final class Toucher {
 
   private static func release(_ userfaultfd: CInt, _ ranges: [HostRange]) {
     for range in ranges {
+      // A page whose protection outlived its registration would hold a writer for ever
+      // (Outcome.neverEnds): register it once more, and take the protection away.
+      var registration = uffdio_register()
+      registration.range = uffdio_range(start: range.start.rawValue, len: UInt64(range.length))
+      registration.mode = UInt64(UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP)
+      _ = unsafe clinux_uffd_register(userfaultfd, &registration)
+      var protection = uffdio_writeprotect(range: registration.range, mode: 0)
+      _ = unsafe clinux_uffd_writeprotect(userfaultfd, &protection)
       var argument = uffdio_range(start: range.start.rawValue, len: UInt64(range.length))
       _ = unsafe clinux_uffd_unregister(userfaultfd, &argument)
       _ = unsafe clinux_uffd_wake(userfaultfd, &argument)

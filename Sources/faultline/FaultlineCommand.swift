@@ -14,6 +14,7 @@ struct FaultlineCommand: ParsableCommand {
       faultline snapshot -o guest.img       fill a test guest and save it
       faultline restore guest.img           run it again; pages come when they are touched
       faultline bench fault                 measure, against a minimal handler in C
+      faultline model                       what the kernel does, step by step
 
       Exit status: 0 all went well; 1 it failed, the message says why; 2 a page was wrong or
       damaged; 64 the command line is wrong.
@@ -22,7 +23,7 @@ struct FaultlineCommand: ParsableCommand {
     version: "faultline 0.1.0",
     subcommands: [
       DoctorCommand.self, DemoCommand.self, SnapshotCommand.self, RestoreCommand.self,
-      BenchCommand.self,
+      BenchCommand.self, ModelCommand.self,
     ])
 }
 

@@ -45,8 +45,10 @@ struct RestoreReport: Codable {
     image = command.image
     backing = command.memoryOptions.backing.description
     faultMode = command.faults.rawValue
-    strategy = command.strategy.rawValue
     guestMemfd = restored.guestMemfd?.rawValue
+    strategy =
+      restored.guestMemfd == .aheadOfTime
+      ? RestoreStrategy.eager.rawValue : command.strategy.rawValue
     guest = restored.guest.kind == .kvm ? "kvm" : "process"
     vcpus = restored.guest.vcpuCount
     memoryBytes = restored.memory.range.length

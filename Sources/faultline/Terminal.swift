@@ -50,10 +50,17 @@ final class ProgressLine: Sendable {
     var isVisible = false
   }
 
+  /// What is counted.
+  enum Unit { case bytes, count }
+
   private let label: String
+  private let unit: Unit
   private let state = Mutex(State())
 
-  init(_ label: String) { self.label = label }
+  init(_ label: String, unit: Unit = .bytes) {
+    self.label = label
+    self.unit = unit
+  }
 
   /// The callback that pagers and writers take.
   var callback: (@Sendable (Int, Int) -> Void)? {
@@ -72,9 +79,13 @@ final class ProgressLine: Sendable {
       let rest = Double(total - done) / max(rate, 1)
       let line = String(
         format: "\r\u{1b}[K%@ %3d %%  %@ of %@  %@/s  %.0f s left", label, done * 100 / total,
-        Terminal.size(done), Terminal.size(total), Terminal.size(Int(rate)), rest)
+        amount(done), amount(total), amount(Int(rate)), rest)
       FileHandle.standardError.write(Data(line.utf8))
     }
+  }
+
+  private func amount(_ value: Int) -> String {
+    unit == .bytes ? Terminal.size(value) : "\(value)"
   }
 
   /// Takes the line away.

@@ -35,6 +35,10 @@ struct DoctorTests {
     let anonymous = diagnosis.memory.first { $0.kind == "anonymous" }
     let missing = anonymous?.modes.first { $0.modes == ["MISSING"] }
     #expect(missing?.operations?.contains("COPY") == true)
+    // What is named is what a restore takes; where there is none, why.
+    #expect(!diagnosis.guestMemfd.reason.isEmpty)
+    let offered = diagnosis.memory.first { $0.kind == "guest_memfd" }
+    #expect((diagnosis.guestMemfd.strategy == nil) == (offered?.unavailable != nil))
     for advice in diagnosis.advice {
       #expect(!advice.missing.isEmpty && !advice.why.isEmpty && !advice.how.isEmpty)
     }

@@ -58,6 +58,11 @@ struct Diagnosis: Decodable {
   struct Machine: Decodable {
     let available: Bool
   }
+  struct GuestMemfd: Decodable {
+    let strategy: String?
+    let reason: String
+  }
+  let guestMemfd: GuestMemfd
   let kernel: String
   let userID: UInt32
   let systemCall: String?

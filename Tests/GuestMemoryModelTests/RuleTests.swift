@@ -144,6 +144,18 @@ struct RuleTests {
     #expect(model.apply(.unregister(all)).resumed == [.value(0)])
   }
 
+  @Test func aRegistrationThatDropsWPLeavesHugePagesThatCannotBeWrittenBefore7_3() {
+    var model = model(.linux6_18, .hugetlb)
+    _ = model.apply(.register(all, [.missing, .writeProtect]))
+    _ = model.apply(.copy(Span(0, 0), tag: 5, writeProtected: true))
+    #expect(model.apply(.register(all, .minor)).outcome == .done(0x18c))
+    #expect(model.apply(.touch(mapping: 0, page: 0, .read)).outcome == .value(5))
+    #expect(model.apply(.touch(mapping: 0, page: 0, .write(6))).outcome == .neverEnds)
+    var refusing = self.model(.linux7_3, .hugetlb)
+    _ = refusing.apply(.register(all, [.missing, .writeProtect]))
+    #expect(refusing.apply(.register(all, .minor)).outcome == .failed(.EBUSY))
+  }
+
   @Test func registrationMasksAreTheKernels() {
     let masks: [(ModelMemory, ModelModes, UInt64)] = [
       (.anonymous, .missing, 0x13c), (.anonymous, .writeProtect, 0x17c),

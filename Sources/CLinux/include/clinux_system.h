@@ -94,6 +94,10 @@ static inline long clinux_mmap(void *hint, size_t length, int protection, int fl
 static inline long clinux_munmap(uintptr_t address, size_t length) {
   return clinux_result(munmap((void *)address, length));
 }
+static inline long clinux_mincore(uintptr_t address, size_t length, unsigned char *pages) {
+  return clinux_result(mincore((void *)address, length, pages));
+}
+
 static inline long clinux_madvise(uintptr_t address, size_t length, int advice) {
   return clinux_result(madvise((void *)address, length, advice));
 }

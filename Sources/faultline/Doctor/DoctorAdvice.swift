@@ -76,8 +76,8 @@ enum DoctorAdvice {
       .init(
         missing: "userfaultfd on guest_memfd",
         why: "the kernel refuses to register it for MISSING or MINOR",
-        how: "No released kernel has it (Linux 7.3 included). Use anonymous, memfd or hugetlb "
-          + "memory for a guest that is to be restored lazily.")
+        how: "No released kernel has it (Linux 7.3 included); kernel/ has patches that add it. Use "
+          + "anonymous, memfd or hugetlb memory for a guest that is to be restored lazily.")
     ]
   }
 }

@@ -44,6 +44,10 @@ struct DoctorCommand: ParsableCommand {
     for pool in report.hugePages {
       print("huge pages    \(pool.pageSize): \(pool.free) free of \(pool.total)")
     }
+    line(
+      "guest_memfd",
+      report.guestMemfd.strategy.map { "\($0): \(report.guestMemfd.reason)" },
+      report.guestMemfd.reason)
     print("")
     print("memory × modes: which ioctls the kernel offers")
     for memory in report.memory {

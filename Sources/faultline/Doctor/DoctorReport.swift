@@ -4,6 +4,7 @@ import Foundation
 import GuestMemory
 import KVM
 import LinuxSystem
+import SnapshotRestore
 import SystemPackage
 import Userfault
 
@@ -39,6 +40,13 @@ struct DoctorReport: Encodable {
     let free: Int
   }
 
+  /// How guests on guest_memfd get their pages here.
+  struct GuestMemfd: Encodable {
+    /// `nil` when there is none.
+    let strategy: String?
+    let reason: String
+  }
+
   /// Something that is missing: what, why, and how to get it.
   struct Advice: Encodable {
     let missing: String
@@ -55,6 +63,7 @@ struct DoctorReport: Encodable {
   let memory: [Memory]
   let kvm: Machine
   let hugePages: [HugePages]
+  let guestMemfd: GuestMemfd
   let canRestoreLazily: Bool
   let advice: [Advice]
 
@@ -70,6 +79,7 @@ struct DoctorReport: Encodable {
     kvm = Self.machine()
     hugePages = Self.pools()
     memory = supported == nil ? [] : Self.kinds()
+    guestMemfd = Self.guestMemfdStrategy()
     advice = DoctorAdvice.all(
       supported: supported, systemCall: systemCall, device: device, kvm: kvm, memory: memory,
       hugePages: hugePages)
@@ -93,7 +103,8 @@ struct DoctorReport: Encodable {
     return kinds.map { kind in
       let result: Result<[RegistrationOutcome], Errno>
       do throws(UserfaultError) {
-        result = kind == .guestMemfd ? try guestMemfd() : try UserfaultProbe.outcomes(for: kind)
+        result =
+          kind == .guestMemfd ? try guestMemfdOutcomes() : try UserfaultProbe.outcomes(for: kind)
       } catch {
         return Memory(kind: "\(kind)", unavailable: error.description, modes: [])
       }
@@ -116,7 +127,9 @@ struct DoctorReport: Encodable {
   }
 
   /// guest_memfd belongs to a virtual machine, so probing it takes KVM.
-  private static func guestMemfd() throws(UserfaultError) -> Result<[RegistrationOutcome], Errno> {
+  private static func guestMemfdOutcomes() throws(UserfaultError) -> Result<
+    [RegistrationOutcome], Errno
+  > {
     let mapping: Mapping
     do throws(Errno) {
       let system = try KVMSystem()
@@ -128,6 +141,15 @@ struct DoctorReport: Encodable {
       return .failure(error)
     }
     return .success(try UserfaultProbe.outcomes(for: mapping.range))
+  }
+
+  private static func guestMemfdStrategy() -> GuestMemfd {
+    do throws(SnapshotError) {
+      let (strategy, reason) = try GuestMemfdStrategy.probe()
+      return GuestMemfd(strategy: strategy.rawValue, reason: reason)
+    } catch {
+      return GuestMemfd(strategy: nil, reason: error.description)
+    }
   }
 
   private static func machine() -> Machine {
@@ -150,11 +172,17 @@ struct DoctorReport: Encodable {
 
   private static func pools() -> [HugePages] {
     [PageSize.size2MiB, .size1GiB].map { size in
-      let pool = "/sys/kernel/mm/hugepages/hugepages-\(size.bytes >> 10)kB"
-      return HugePages(
-        pageSize: "\(size)", total: Int(text("\(pool)/nr_hugepages") ?? "") ?? 0,
-        free: Int(text("\(pool)/free_hugepages") ?? "") ?? 0)
+      HugePages(
+        pageSize: "\(size)", total: hugePages("nr_hugepages", size), free: freeHugePages(size))
     }
+  }
+
+  /// Huge pages of the pool that nobody has.
+  static func freeHugePages(_ size: PageSize) -> Int { hugePages("free_hugepages", size) }
+
+  private static func hugePages(_ name: String, _ size: PageSize) -> Int {
+    let pool = "/sys/kernel/mm/hugepages/hugepages-\(size.bytes >> 10)kB"
+    return Int(text("\(pool)/\(name)") ?? "") ?? 0
   }
 
   private static func text(_ path: String) -> String? {
