@@ -52,6 +52,8 @@ let package = Package(
     // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer.
     .target(name: "CLinux", cSettings: cSettings),
     .systemLibrary(name: "CXXHash", providers: [.apt(["libxxhash-dev"])]),
+    .systemLibrary(name: "CCrypto", providers: [.apt(["libssl-dev"])]),
+    .systemLibrary(name: "CZstd", providers: [.apt(["libzstd-dev"])]),
     .target(name: "CGuestProgram", cSettings: cSettings),
     .target(
       name: "CMinimalHandler", path: "Benchmarks/CMinimalHandler", cSettings: cSettings,
@@ -63,7 +65,7 @@ let package = Package(
     library("Userfault", ["LinuxSystem", "CLinux"]),
     library("KVM", ["LinuxSystem", "CLinux"]),
     library("GuestMemory", ["LinuxSystem", "Userfault"]),
-    library("MemoryImage", ["LinuxSystem", "CXXHash"]),
+    library("MemoryImage", ["LinuxSystem", "CXXHash", "CZstd", "CCrypto"]),
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
     library("TestGuest", ["KVM", "LinuxSystem", "CGuestProgram"]),
     library(

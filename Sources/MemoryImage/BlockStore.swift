@@ -4,14 +4,17 @@ internal import LinuxSystem
 internal import Synchronization
 internal import SystemPackage
 
-/// The file, the index in memory, and the staging buffers behind an `ImageWriter`.
+/// The file, index and chunk table in memory, and the staging buffers behind an
+/// `ImageWriter`.
 final class BlockStore: @unchecked Sendable {
-  // SAFETY: `file` and `isFailed` are guarded as said at each; the index's words are each
-  // written by one thread at a time, which is the contract of `ImageBlockWriter`, and read
-  // only under the exclusive lock.
+  // SAFETY: `file` and `isFailed` are guarded as said at each; the words of index and
+  // table are each written by one thread at a time (the index by the contract of
+  // `ImageBlockWriter`, the table because a chunk's number is given out once), and read only
+  // under the exclusive lock.
 
   let path: FilePath
   let layout: ImageLayout
+  let options: ImageOptions
 
   /// Closes the race between a write on one thread and `finish` or `abandon` on another:
   /// writes share it, the end takes it alone.
@@ -20,26 +23,34 @@ final class BlockStore: @unchecked Sendable {
   var file: PendingFile?
   /// Whether a write failed, so that the file lacks blocks.
   let isFailed = Atomic(false)
-  /// 512 words for each index page, as in the file; the checksums come last.
+  /// 1022 entries of 4 bytes for each index page, as in the file; the checksums come last.
   let index: Mapping
+  /// 16 bytes for each chunk: place and checksum.
+  let table: Mapping
+  /// 32 bytes for each chunk: SHA-256 of its bytes in the file.
+  let digests: Mapping
+  /// Chunks that were given out, and bytes of data.
+  let chunkCount = Atomic<Int>(0)
+  let dataLength = Atomic<Int>(0)
 
+  private let known = KnownBlocks()
   /// Buffers that no thread uses now. The lock is held to take one or to put it back.
   private let buffers = Mutex<[StagingBuffer]>([])
 
-  init(path: FilePath, regions: [ImageRegion]) throws(ImageError) {
+  init(path: FilePath, regions: [ImageRegion], options: ImageOptions) throws(ImageError) {
     self.path = path
-    layout = try ImageLayout(id: .random(), regions: regions, path: path)
+    self.options = options
+    layout = try ImageLayout(id: .random(), regions: regions, options: options, path: path)
     do throws(Errno) {
       index = try Mapping(anonymous: layout.indexPageCount * ImageLimits.blockSize)
+      table = try Mapping(anonymous: (layout.chunkCapacity * 16 + 4095) & ~4095)
+      digests = try Mapping(anonymous: (layout.chunkCapacity * 32 + 4095) & ~4095)
     } catch {
       throw ImageError(
         .limitExceeded, path, "there is no address space for its index", errno: error)
     }
     do throws(Errno) {
-      let file = try PendingFile(at: path)
-      // Also tells now, and not after hours, whether a file may be that large.
-      try file.descriptor.setLength(layout.dataEnd)
-      self.file = consume file
+      file = try PendingFile(at: path)
     } catch {
       throw ImageError(.inputOutput, path, "it cannot be created", errno: error)
     }
@@ -74,99 +85,130 @@ final class BlockStore: @unchecked Sendable {
       let length = min(bytes.count - done, StagingBuffer.length)
       // SAFETY: `length` bytes are left in the caller's buffer and fit into ours, which no
       // other thread has.
-      let staged = unsafe buffer.fill(
-        from: UnsafeRawBufferPointer(rebasing: bytes[done..<done + length]))
+      unsafe buffer.fill(from: UnsafeRawBufferPointer(rebasing: bytes[done..<done + length]))
       let block = firstBlock + done / blockSize
       let isOpen: Bool
       do throws(Errno) {
         isOpen = try lock.read { () throws(Errno) in
-          try unsafe store(staged, at: block, of: geometry)
+          try store(buffer, count: length / blockSize, at: block, of: geometry)
         }
       } catch {
         isFailed.store(true, ordering: .relaxed)
         throw ImageError(
           .inputOutput, path, "memory cannot be written", region: region,
-          regionName: layout.regions[region].name, block: block,
-          fileOffset: geometry.offset(ofBlock: block), errno: error)
+          regionName: layout.regions[region].name, block: block, errno: error)
       }
       guard isOpen else { throw ImageError(.incomplete, path, "its writer has ended") }
       done += length
     }
   }
 
-  /// Writes staged blocks, a call for each run of data, and enters them into the index.
+  /// Sorts staged blocks into zero, known and new ones, writes the new ones in chunks, and
+  /// enters all into the index.
   ///
   /// - Returns: `false`, with nothing written, when the writer has ended.
-  @unsafe
   private func store(
-    _ staged: UnsafeMutableRawBufferPointer, at firstBlock: Int, of geometry: RegionGeometry
+    _ buffer: StagingBuffer, count: Int, at firstBlock: Int, of geometry: RegionGeometry
   ) throws(Errno) -> Bool {
-    let blockSize = ImageLimits.blockSize
-    let count = staged.count / blockSize
-    guard file != nil, let base = staged.baseAddress else { return false }
-    var start = 0
-    while start < count {
-      var end = start
-      while end < count {
-        // SAFETY: block `end` lies inside of the staging buffer, which is page aligned.
-        let bytes = unsafe base + end * blockSize
-        let block = firstBlock + end
-        if unsafe isZeroBlock(bytes) {
-          unsafe entry(block, of: geometry).pointee = 0
-          break
-        }
-        unsafe entry(block, of: geometry).pointee = unsafe Checksum.of(
-          bytes, length: blockSize, seed: geometry.seed(ofBlock: block))
-        end += 1
+    guard file != nil else { return false }
+    var chunk = -1
+    var filled = 0
+    buffer.beginOutput()
+    for index in 0..<count {
+      // SAFETY: block `index` lies inside of the staging buffer, which is page aligned.
+      let bytes = unsafe buffer.block(index)
+      let entry = unsafe entry(firstBlock + index, of: geometry)
+      if unsafe isZeroBlock(bytes) {
+        unsafe entry.pointee = 0
+        continue
       }
-      if end > start {
-        let run = unsafe UnsafeRawBufferPointer(
-          rebasing: staged[start * blockSize..<end * blockSize])
-        let offset = geometry.offset(ofBlock: firstBlock + start)
-        try unsafe file?.descriptor.writeAll(run, at: offset)
+      if chunk < 0 {
+        chunk = try takeChunk()
+        filled = 0
       }
-      // The block that ended the run is zero.
-      start = end + 1
+      let number = UInt32(chunk * options.blocksPerChunk + filled)
+      let same = unsafe known.number(of: bytes, orEnter: number)
+      unsafe entry.pointee = same + 1
+      if same != number { continue }
+      unsafe buffer.append(bytes)
+      filled += 1
+      if filled == options.blocksPerChunk {
+        try close(chunk, blocks: filled, buffer)
+        chunk = -1
+      }
     }
+    if chunk >= 0, filled > 0 { try close(chunk, blocks: filled, buffer) }
+    try writeOut(buffer)
     return true
+  }
+
+  private func takeChunk() throws(Errno) -> Int {
+    let chunk = chunkCount.wrappingAdd(1, ordering: .relaxed).oldValue
+    guard chunk < layout.chunkCapacity else { throw .fileTooLarge }
+    return chunk
+  }
+
+  /// Encodes a chunk that the buffer has collected into its output.
+  private func close(_ chunk: Int, blocks: Int, _ buffer: StagingBuffer) throws(Errno) {
+    let length = blocks * ImageLimits.blockSize
+    // SAFETY: the buffer has collected that many bytes.
+    let checksum = unsafe Checksum.of(
+      buffer.collected, length: length, seed: layout.seed(ofChunk: chunk))
+    // SAFETY: `takeChunk` keeps numbers below the capacity.
+    let stored = unsafe buffer.encode(
+      length: length, chunk: chunk, digest: digests.pointer + chunk * ContentID.length)
+    let entry = unsafe tableEntry(chunk)
+    unsafe entry[0] = UInt64(stored)
+    unsafe entry[1] = checksum
+  }
+
+  /// Writes the output in one call, and enters its chunks' places.
+  private func writeOut(_ buffer: StagingBuffer) throws(Errno) {
+    let output = unsafe buffer.output
+    guard output.count > 0 else { return }
+    if case .stored = options.encoding {
+      // The place follows from the number.
+      for (position, chunk) in buffer.chunks.enumerated() {
+        let start = position * ImageLimits.blockSize
+        try unsafe file?.descriptor.writeAll(
+          UnsafeRawBufferPointer(rebasing: output[start..<start + ImageLimits.blockSize]),
+          at: layout.dataOffset + chunk * ImageLimits.blockSize)
+      }
+      return
+    }
+    var offset = dataLength.wrappingAdd(output.count, ordering: .relaxed).oldValue
+    try unsafe file?.descriptor.writeAll(
+      UnsafeRawBufferPointer(output), at: layout.dataOffset + offset)
+    for chunk in buffer.chunks {
+      let entry = unsafe tableEntry(chunk)
+      let length = unsafe Int(entry[0])
+      unsafe entry[0] = ChunkEntry(offset: offset, length: length, checksum: 0).place
+      offset += length
+    }
   }
 
   private func entry(
     _ block: Int, of geometry: RegionGeometry
-  ) -> UnsafeMutablePointer<UInt64> {
+  ) -> UnsafeMutablePointer<UInt32> {
     let (page, slot) = block.quotientAndRemainder(dividingBy: RegionGeometry.entriesPerPage)
-    let offset = (geometry.firstIndexPage + page) * ImageLimits.blockSize + slot * 8
+    let offset = (geometry.firstIndexPage + page) * ImageLimits.blockSize + slot * 4
     // SAFETY: `block` is one of the region's, so the word lies in the mapping, which lives
     // as long as `self`.
-    return unsafe (index.pointer + offset).assumingMemoryBound(to: UInt64.self)
+    return unsafe (index.pointer + offset).assumingMemoryBound(to: UInt32.self)
+  }
+
+  /// Two words: the place (or its length, until it is known), and the checksum.
+  func tableEntry(_ chunk: Int) -> UnsafeMutablePointer<UInt64> {
+    // SAFETY: `takeChunk` keeps numbers below the capacity.
+    unsafe (table.pointer + chunk * 16).assumingMemoryBound(to: UInt64.self)
   }
 
   func takeBuffer() throws(ImageError) -> StagingBuffer {
     if let buffer = buffers.withLock({ $0.popLast() }) { return buffer }
     do throws(Errno) {
-      return try StagingBuffer()
+      return try StagingBuffer(options)
     } catch {
       throw ImageError(.limitExceeded, path, "there is no memory to stage writes", errno: error)
     }
-  }
-}
-
-/// Memory that blocks are copied to before they are looked at: what is hashed is what is
-/// written, also when the guest runs on.
-final class StagingBuffer: Sendable {
-  /// Bytes.
-  static let length = 1 << 20
-
-  private let mapping: Mapping
-
-  init() throws(Errno) { mapping = try Mapping(anonymous: Self.length) }
-
-  /// Copies at most `length` bytes; the result is valid until the next call and as long as
-  /// `self`.
-  @unsafe func fill(from bytes: UnsafeRawBufferPointer) -> UnsafeMutableRawBufferPointer {
-    // SAFETY: the mapping is `length` bytes, and `bytes` is no longer.
-    let room = unsafe UnsafeMutableRawBufferPointer(start: mapping.pointer, count: bytes.count)
-    unsafe room.copyMemory(from: bytes)
-    return unsafe room
   }
 }

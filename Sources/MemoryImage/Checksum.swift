@@ -11,7 +11,10 @@ enum Checksum {
     case metadata = 3
     case state = 4
     case index = 5
-    case data = 6
+    case chunk = 6
+    case chunkTable = 7
+    case ancestors = 8
+    case workingSet = 9
   }
 
   /// XXH3-64, never 0.

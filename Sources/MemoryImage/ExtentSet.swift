@@ -31,19 +31,32 @@ struct ExtentSet {
     extents.append(Extent(start: Int(offset), end: Int(end.partialValue), name: name))
   }
 
-  /// Adds index and data area of a region whose length was checked.
+  /// Adds the index of a region whose length was checked.
   mutating func insert(_ entry: RegionEntry, number: Int) throws(ImageError) {
     let blockSize = UInt64(ImageLimits.blockSize)
-    guard entry.indexOffset % blockSize == 0, entry.dataOffset % blockSize == 0 else {
+    guard entry.indexOffset % blockSize == 0 else {
       throw ImageError(
-        .invalidLayout, path, "its index or its data is not aligned to 4 KiB", region: number,
+        .invalidLayout, path, "its index is not aligned to 4 KiB", region: number,
         regionName: entry.name)
     }
     let blocks = Int(entry.length / blockSize)
     let indexLength = UInt64(RegionGeometry.indexPageCount(blockCount: blocks)) * blockSize
     try insert(
       offset: entry.indexOffset, length: indexLength, "the index of region \(number)")
-    try insert(offset: entry.dataOffset, length: entry.length, "the data of region \(number)")
+  }
+
+  /// Adds chunk table and data.
+  mutating func insert(_ header: ImageHeader) throws(ImageError) {
+    let blockSize = UInt64(ImageLimits.blockSize)
+    guard header.chunkTableOffset % blockSize == 0, header.dataOffset % blockSize == 0 else {
+      throw ImageError(
+        .invalidLayout, path, "its chunk table or its data is not aligned to 4 KiB")
+    }
+    let pages = ChunkGeometry.tablePageCount(
+      chunks: Int(header.chunkCount), isStored: header.encoding == 0)
+    try insert(
+      offset: header.chunkTableOffset, length: UInt64(pages) * blockSize, "the chunk table")
+    try insert(offset: header.dataOffset, length: header.dataLength, "the data")
   }
 
   /// Throws when two parts share a byte.

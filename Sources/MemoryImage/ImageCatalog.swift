@@ -13,8 +13,11 @@ struct ImageCatalog {
   let states: [DeviceState]
   let metadata: [String: String]
 
-  /// Pages of the indexes of all regions together.
-  let indexPageCount: Int
+  let chunks: ChunkGeometry
+  let contentID: ContentID
+
+  /// Pages of the indexes of all regions and of the chunk table together.
+  let pageCount: Int
 
   /// Reads and checks header, tables and device states. What it allocates is bounded
   /// by `ImageLimits`, whatever the file says.
@@ -58,14 +61,18 @@ struct ImageCatalog {
       try extents.insert(entry, number: number)
       let geometry = RegionGeometry(
         blockCount: region.blockCount, indexOffset: Int(entry.indexOffset),
-        dataOffset: Int(entry.dataOffset), firstIndexPage: indexPages,
-        indexKey: Checksum.key(header.id, .index, number: number),
-        dataKey: Checksum.key(header.id, .data, number: number))
+        firstIndexPage: indexPages,
+        indexKey: Checksum.key(header.id, .index, number: number))
       indexPages += geometry.indexPageCount
       regions.append(region)
       geometries.append(geometry)
     }
     try ImageRegion.check(regions, path: path)
+    try extents.insert(header)
+    chunks = ChunkGeometry(header, firstTablePage: indexPages)
+    guard header.ancestorCount == 0 else {
+      throw ImageError(.unsupportedVersion, path, "it builds on other images")
+    }
 
     let states = try source.readStates(file, header, &extents)
     let metadata = try MetadataTable.decode(
@@ -80,7 +87,8 @@ struct ImageCatalog {
     self.geometries = geometries
     self.states = states
     self.metadata = metadata
-    indexPageCount = indexPages
+    contentID = header.contentID
+    pageCount = indexPages + chunks.tablePageCount
   }
 }
 

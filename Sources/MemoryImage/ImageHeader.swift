@@ -13,9 +13,9 @@ struct TableReference: Equatable {
 struct ImageHeader: Equatable {
   static let length = 4096
   static let magic: [UInt8] = [0x89, 0x46, 0x4C, 0x49, 0x4D, 0x47, 0x0D, 0x0A]
-  static let version: UInt32 = 1
+  static let version: UInt32 = 2
 
-  private static let reservedStart = 128
+  private static let reservedStart = 232
   private static let checksumOffset = 4088
 
   var fileLength: UInt64
@@ -26,6 +26,16 @@ struct ImageHeader: Equatable {
   var regionTable = TableReference()
   var stateTable = TableReference()
   var metadata = TableReference()
+  /// 0: chunks are single blocks as they are; 1: zstd frames.
+  var encoding: UInt32 = 0
+  var blocksPerChunk: UInt32 = 1
+  var ancestorCount: UInt32 = 0
+  var ancestors = TableReference()
+  var chunkTableOffset: UInt64 = 0
+  var chunkCount: UInt64 = 0
+  var dataOffset: UInt64 = 0
+  var dataLength: UInt64 = 0
+  var contentID = ContentID()
 
   // MARK: - Encoding
 
@@ -42,14 +52,25 @@ struct ImageHeader: Equatable {
     bytes.append(integer: stateCount)
     bytes.append(integer: metadataCount)
     bytes.append(integer: UInt32(ImageLimits.blockSize))
-    for table in [regionTable, stateTable, metadata] {
-      bytes.append(integer: table.offset)
-      bytes.append(integer: table.length)
-      bytes.append(integer: table.checksum)
+    for table in [regionTable, stateTable, metadata] { Self.append(table, to: &bytes) }
+    bytes.append(integer: encoding)
+    bytes.append(integer: blocksPerChunk)
+    bytes.append(integer: ancestorCount)
+    bytes.append(integer: UInt32(0))
+    Self.append(ancestors, to: &bytes)
+    for word in [chunkTableOffset, chunkCount, dataOffset, dataLength] {
+      bytes.append(integer: word)
     }
+    bytes.append(contentsOf: contentID.bytes)
     bytes.append(zeros: Self.checksumOffset - bytes.count)
     bytes.append(integer: Checksum.of(bytes, seed: 0))
     return bytes
+  }
+
+  private static func append(_ table: TableReference, to bytes: inout [UInt8]) {
+    bytes.append(integer: table.offset)
+    bytes.append(integer: table.length)
+    bytes.append(integer: table.checksum)
   }
 
   // MARK: - Decoding
@@ -87,10 +108,20 @@ struct ImageHeader: Equatable {
     regionTable = Self.table(&reader)
     stateTable = Self.table(&reader)
     metadata = Self.table(&reader)
+    encoding = reader.next()
+    blocksPerChunk = reader.next()
+    ancestorCount = reader.next()
+    let reserved: UInt32 = reader.next()
+    ancestors = Self.table(&reader)
+    chunkTableOffset = reader.next()
+    chunkCount = reader.next()
+    dataOffset = reader.next()
+    dataLength = reader.next()
+    contentID = ContentID(bytes: reader.next(count: ContentID.length))
     guard blockSize == UInt32(ImageLimits.blockSize) else {
       throw ImageError(.invalidLayout, path, "it has blocks of \(blockSize) bytes")
     }
-    guard bytes[Self.reservedStart..<Self.checksumOffset].allSatisfy({ $0 == 0 }) else {
+    guard reserved == 0, bytes[Self.reservedStart..<Self.checksumOffset].allSatisfy({ $0 == 0 }) else {
       throw ImageError(.invalidLayout, path, "reserved bytes of the header are not zero")
     }
     try checkLimits(path)
@@ -116,12 +147,24 @@ struct ImageHeader: Equatable {
       (UInt64(stateCount), ImageLimits.states, "device states"),
       (UInt64(metadataCount), ImageLimits.metadataEntries, "metadata entries"),
       (metadata.length, ImageLimits.metadataBytes, "bytes of metadata"),
+      (UInt64(blocksPerChunk), ImageLimits.blocksPerChunk, "blocks in a chunk"),
+      (chunkCount, ImageLimits.chunks, "chunks"),
+      (UInt64(ancestorCount), ImageLimits.ancestors, "ancestors"),
+      (ancestors.length, ImageLimits.ancestorBytes, "bytes about ancestors"),
     ]
     for (value, limit, what) in limits where value > UInt64(limit) {
       throw ImageError(.limitExceeded, path, "it claims \(value) \(what), more than \(limit)")
     }
     guard regionCount > 0 else {
       throw ImageError(.invalidLayout, path, "it has no regions")
+    }
+    guard encoding <= 1, blocksPerChunk > 0, encoding == 1 || blocksPerChunk == 1 else {
+      throw ImageError(
+        .invalidLayout, path,
+        "its encoding is \(encoding) with \(blocksPerChunk) blocks in a chunk")
+    }
+    guard encoding == 1 || dataLength == chunkCount * UInt64(ImageLimits.blockSize) else {
+      throw ImageError(.invalidLayout, path, "its data are not \(chunkCount) blocks long")
     }
     guard
       regionTable.length == UInt64(regionCount) * UInt64(RegionEntry.length),

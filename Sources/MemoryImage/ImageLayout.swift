@@ -6,63 +6,68 @@ internal import SystemPackage
 struct ImageLayout {
   let id: ImageID
   let regions: [ImageRegion]
+  /// Their index offsets count from the beginning of the index.
   let geometries: [RegionGeometry]
   /// Pages of the indexes of all regions.
   let indexPageCount: Int
-  /// The first byte after the data areas.
-  let dataEnd: Int
+  /// Bytes from the start of the file to the data.
+  let dataOffset: Int
+  /// Chunks that can be given out: enough for each block to be written twice alone.
+  let chunkCapacity: Int
+  private let chunkKey: UInt64
 
   /// The region table follows the header.
   static let regionTableOffset = ImageHeader.length
 
   /// Checks the regions and places them.
-  init(id: ImageID, regions: [ImageRegion], path: FilePath) throws(ImageError) {
+  init(
+    id: ImageID, regions: [ImageRegion], options: ImageOptions, path: FilePath
+  ) throws(ImageError) {
     try ImageRegion.check(regions, path: path)
     let blockSize = ImageLimits.blockSize
-    let tableEnd = Self.regionTableOffset + regions.count * RegionEntry.length
-    let indexOffset = (tableEnd + blockSize - 1) & ~(blockSize - 1)
-    // No overflow: at most 2^10 regions of at most 2^50 bytes.
-    let indexPages = regions.reduce(0) {
-      $0 + RegionGeometry.indexPageCount(blockCount: $1.blockCount)
+    guard (1...ImageLimits.blocksPerChunk).contains(options.blocksPerChunk) else {
+      throw ImageError(
+        .limitExceeded, path, "a chunk has 1 to \(ImageLimits.blocksPerChunk) blocks")
     }
+    let tableEnd = Self.regionTableOffset + regions.count * RegionEntry.length
     var page = 0
-    var dataOffset = indexOffset + indexPages * blockSize
     var geometries: [RegionGeometry] = []
     for (number, region) in regions.enumerated() {
       let geometry = RegionGeometry(
-        blockCount: region.blockCount, indexOffset: indexOffset + page * blockSize,
-        dataOffset: dataOffset, firstIndexPage: page,
-        indexKey: Checksum.key(id, .index, number: number),
-        dataKey: Checksum.key(id, .data, number: number))
+        blockCount: region.blockCount, indexOffset: page * blockSize, firstIndexPage: page,
+        indexKey: Checksum.key(id, .index, number: number))
       page += geometry.indexPageCount
-      dataOffset += region.length
       geometries.append(geometry)
     }
-    // Leaves room for what comes after the data.
-    let rest = ImageLimits.stateBytes + ImageLimits.metadataBytes + ImageLimits.states * 64
-    guard dataOffset <= ImageLimits.fileLength - rest else {
-      throw ImageError(.limitExceeded, path, "its regions need a file of \(dataOffset) bytes")
+    // No overflow: at most 2^10 regions of at most 2^50 bytes.
+    let blocks = regions.reduce(0) { $0 + $1.blockCount }
+    guard blocks * options.blocksPerChunk < Int(UInt32.max) / 2 else {
+      throw ImageError(.limitExceeded, path, "its regions have \(blocks) blocks of 4 KiB")
     }
     self.id = id
     self.regions = regions
     self.geometries = geometries
-    indexPageCount = indexPages
-    dataEnd = dataOffset
+    indexPageCount = page
+    dataOffset = (tableEnd + blockSize - 1) & ~(blockSize - 1)
+    chunkCapacity = 2 * blocks + 64
+    chunkKey = Checksum.key(id, .chunk)
   }
 
-  /// The region table's bytes.
-  func encodedRegionTable() -> [UInt8] {
+  func seed(ofChunk chunk: Int) -> UInt64 { Checksum.seed(chunkKey, position: chunk) }
+
+  /// The region table's bytes, for an index that begins at an offset.
+  func encodedRegionTable(indexOffset: Int) -> [UInt8] {
     var bytes: [UInt8] = []
     for (region, geometry) in zip(regions, geometries) {
-      RegionEntry(region, geometry).append(to: &bytes)
+      RegionEntry(region, indexOffset: indexOffset + geometry.indexOffset).append(to: &bytes)
     }
     return bytes
   }
 }
 
-/// What comes after the data areas: blobs, their table, and the metadata.
+/// What comes after the chunk table: blobs, their table, and the metadata.
 struct ImageTail {
-  /// The bytes from `ImageLayout.dataEnd` to the end of the file.
+  /// The bytes from the end of the chunk table to the end of the file.
   private(set) var bytes: [UInt8] = []
   private(set) var stateTable = TableReference()
   private(set) var metadata = TableReference()

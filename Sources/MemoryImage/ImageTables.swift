@@ -12,7 +12,6 @@ struct RegionEntry: Equatable {
   var length: UInt64
   var pageSize: UInt64
   var indexOffset: UInt64
-  var dataOffset: UInt64
   var name: String
 
   func append(to bytes: inout [UInt8]) {
@@ -21,7 +20,7 @@ struct RegionEntry: Equatable {
     bytes.append(integer: length)
     bytes.append(integer: pageSize)
     bytes.append(integer: indexOffset)
-    bytes.append(integer: dataOffset)
+    bytes.append(integer: UInt64(0))
     bytes.append(integer: UInt32(name.utf8.count))
     bytes.append(integer: UInt32(0))
     bytes.append(contentsOf: name.utf8)
@@ -36,13 +35,13 @@ struct RegionEntry: Equatable {
     length = reader.next()
     pageSize = reader.next()
     indexOffset = reader.next()
-    dataOffset = reader.next()
+    let unused: UInt64 = reader.next()
     let nameLength: UInt32 = reader.next()
     let reserved: UInt32 = reader.next()
     let field = reader.next(count: Self.length - Self.fixedLength)
     guard nameLength > 0, Int(nameLength) <= ImageLimits.regionNameBytes,
       let name = String(validating: field.prefix(Int(nameLength)), as: UTF8.self),
-      reserved == 0, field.dropFirst(Int(nameLength)).allSatisfy({ $0 == 0 })
+      unused == 0, reserved == 0, field.dropFirst(Int(nameLength)).allSatisfy({ $0 == 0 })
     else {
       throw ImageError(
         .invalidLayout, path, "the name or a reserved field of a region is malformed",
@@ -51,12 +50,11 @@ struct RegionEntry: Equatable {
     self.name = name
   }
 
-  init(_ region: ImageRegion, _ geometry: RegionGeometry) {
+  init(_ region: ImageRegion, indexOffset: Int) {
     guestAddress = region.guestAddress.rawValue
     length = UInt64(region.length)
     pageSize = UInt64(region.pageSize.bytes)
-    indexOffset = UInt64(geometry.indexOffset)
-    dataOffset = UInt64(geometry.dataOffset)
+    self.indexOffset = UInt64(indexOffset)
     name = region.name
   }
 }

@@ -69,6 +69,47 @@ public struct ImageID: Hashable, Sendable, CustomStringConvertible {
   }
 }
 
+/// How an image holds its blocks.
+public enum ImageEncoding: Sendable, Hashable {
+  /// As they are.
+  case stored
+  /// Compressed by zstd, 1 (fast) to 19 (small).
+  case zstd(level: Int)
+}
+
+/// How an image is made.
+public struct ImageOptions: Sendable, Hashable {
+  /// How blocks are held.
+  public var encoding: ImageEncoding
+  /// Blocks that are compressed together, 1 to 16: more make a smaller image, and a page
+  /// that takes longer to read. 1 where blocks are stored as they are.
+  public var blocksPerChunk: Int
+
+  /// Options; the defaults compress fast, 16 KiB at a time.
+  public init(encoding: ImageEncoding = .zstd(level: 1), blocksPerChunk: Int = 4) {
+    self.encoding = encoding
+    self.blocksPerChunk = encoding == .stored ? 1 : blocksPerChunk
+  }
+}
+
+/// The SHA-256 of what an image holds: who knows it knows the content.
+public struct ContentID: Hashable, Sendable, CustomStringConvertible {
+  static let length = 32
+  /// The hash.
+  public let bytes: [UInt8]
+
+  init() { bytes = Array(repeating: 0, count: Self.length) }
+  init(bytes: some Sequence<UInt8>) { self.bytes = Array(bytes) }
+
+  /// 64 hexadecimal digits.
+  public var description: String {
+    bytes.map { byte in
+      let digits = String(byte, radix: 16)
+      return digits.count == 1 ? "0" + digits : digits
+    }.joined()
+  }
+}
+
 /// What was found from a block on.
 public struct ImageRun: Sendable, Hashable {
   /// What all blocks of a run are.
@@ -109,6 +150,14 @@ public enum ImageLimits {
   public static let metadataKeyBytes = 255
   /// Bytes of all metadata, with 8 bytes for each entry.
   public static let metadataBytes = 1 << 20
+  /// Blocks of a chunk.
+  public static let blocksPerChunk = 16
+  /// Chunks of an image.
+  public static let chunks = 1 << 32
+  /// Images that an image builds on.
+  public static let ancestors = 64
+  /// Bytes of the table of ancestors.
+  public static let ancestorBytes = 64 * (48 + 4096)
   /// Bytes of an image.
   public static let fileLength = 1 << 50
 }

@@ -20,8 +20,10 @@ public struct ImageWriter: ~Copyable, Sendable {
   ///
   /// Throws `invalidLayout` or `limitExceeded` for regions that the format cannot hold, and
   /// `inputOutput` when the file cannot be made.
-  public init(path: FilePath, regions: [ImageRegion]) throws(ImageError) {
-    store = try BlockStore(path: path, regions: regions)
+  public init(
+    path: FilePath, regions: [ImageRegion], options: ImageOptions = ImageOptions()
+  ) throws(ImageError) {
+    store = try BlockStore(path: path, regions: regions, options: options)
   }
 
   deinit { store.abandon() }
@@ -100,7 +102,8 @@ public struct ImageWriter: ~Copyable, Sendable {
 public struct ImageBlockWriter: Sendable {
   fileprivate let store: BlockStore
 
-  /// Writes blocks of 4 KiB; those of zeros take no space. A later write of the same block
+  /// Writes blocks of 4 KiB; those of zeros take no space, equal ones are stored once. Blocks
+  /// that are written together are compressed together: 1 MiB at a time is good. A later write of the same block
   /// replaces an earlier one.
   ///
   /// The bytes should not change during the call, for the image would hold a mixture; but

@@ -43,6 +43,9 @@ public struct VerifyReport: Sendable {
   /// Where they are, in order; the first `damageLimit` ranges.
   public internal(set) var damages: [Damage] = []
 
+  /// Blocks that were looked at.
+  var checkedBlocks: Int { zeroBlocks + dataBlocks + damagedBlocks }
+
   /// Whether everything is as it was written.
   public var isIntact: Bool { damagedBlocks == 0 }
 
@@ -59,8 +62,8 @@ extension MemoryImage {
   /// storage again. Other threads may read meanwhile.
   ///
   /// Throws `ImageError` when header, tables or device states are bad: then there is no
-  /// sense in looking at the memory; and `limitExceeded` when there is no memory for its
-  /// buffer of 2 MiB. Bad memory is in the report.
+  /// sense in looking at the memory; and `limitExceeded` when there is no memory for 4
+  /// bytes for each chunk. Bad memory is in the report.
   ///
   /// - Parameter progress: called at least once for each 2 MiB with the blocks done and all
   ///   blocks.
@@ -71,36 +74,49 @@ extension MemoryImage {
     guard current.id == id, current.regions == regions else {
       throw ImageError(.damaged, path, "the file was overwritten while it was open")
     }
-    let buffer: Mapping
-    do throws(Errno) {
-      buffer = try Mapping(anonymous: RegionGeometry.entriesPerPage * ImageLimits.blockSize)
-    } catch {
-      throw ImageError(.limitExceeded, path, "there is no memory to verify it", errno: error)
-    }
+    var check = try ImageCheck(self)
     let total = regions.reduce(0) { $0 + $1.blockCount }
-    var report = VerifyReport()
     for region in geometries.indices {
       for page in 0..<geometries[region].indexPageCount {
-        verify(page: page, ofRegion: region, through: buffer, &report)
-        progress(report.zeroBlocks + report.dataBlocks + report.damagedBlocks, total)
+        check.run(page: page, ofRegion: region)
+        progress(check.report.checkedBlocks, total)
       }
     }
-    return report
+    return check.report
+  }
+}
+
+/// One pass of `MemoryImage.verify`: trusts nothing that was read before.
+private struct ImageCheck {
+  private let image: MemoryImage
+  private let decoder: ChunkDecoder
+  /// Pages of the chunk table, read again.
+  private let pages: VerifiedPages
+  /// For each chunk: 0 not looked at; 1 to 16 good, so many blocks; else 33 + its place in
+  /// `problems`.
+  private var states: [UInt32]
+  private var problems: [ChunkOutcome] = []
+  private(set) var report = VerifyReport()
+
+  init(_ image: MemoryImage) throws(ImageError) {
+    self.image = image
+    states = Array(repeating: 0, count: image.chunks.chunkCount)
+    do throws(Errno) {
+      decoder = try ChunkDecoder(image.chunks)
+      pages = try VerifiedPages(pageCount: image.chunks.tablePageCount)
+    } catch {
+      throw ImageError(.limitExceeded, image.path, "there is no memory to verify it", errno: error)
+    }
   }
 
   /// Checks one index page and its blocks.
-  ///
-  /// - Parameter buffer: room for the page's blocks.
-  private func verify(
-    page: Int, ofRegion region: Int, through buffer: borrowing Mapping,
-    _ report: inout VerifyReport
-  ) {
-    let geometry = geometries[region]
+  mutating func run(page: Int, ofRegion region: Int) {
+    let geometry = image.geometries[region]
     let blocks = geometry.blocks(ofIndexPage: page)
     let offset = geometry.offset(ofIndexPage: page)
-    var entries = VerifiedIndex.Staging(repeating: 0)
-    let outcome = VerifiedIndex.read(
-      into: &entries, from: file, offset: offset, seed: geometry.seed(ofIndexPage: page))
+    var words = VerifiedPages.Staging(repeating: 0)
+    let outcome = VerifiedPages.read(
+      into: &words, from: image.file, offset: offset, seed: geometry.seed(ofIndexPage: page))
     if let cause = outcome.cause(mismatch: .index) {
       report.add(
         VerifyReport.Damage(
@@ -108,38 +124,56 @@ extension MemoryImage {
           fileOffset: offset, cause: cause))
       return
     }
-    var block = blocks.lowerBound
-    while block < blocks.upperBound {
-      var end = block
-      while end < blocks.upperBound, entries[end - blocks.lowerBound] != 0 { end += 1 }
-      if end == block {
+    for block in blocks {
+      let slot = block - blocks.lowerBound
+      let entry = UInt32(truncatingIfNeeded: words[slot / 2] >> (slot % 2 == 0 ? 0 : 32))
+      if entry == 0 {
         report.zeroBlocks += 1
-        block += 1
         continue
       }
-      var next = block
-      // After a bad block small steps, so that a ruined area is not read over and over.
-      var step = RegionGeometry.entriesPerPage
-      while next < end {
-        let last = min(end, next + step)
-        // SAFETY: the buffer is this call's own and holds all blocks of an index page.
-        let checked = unsafe check(next..<last, of: geometry, into: buffer.pointer) { block in
-          entries[block - blocks.lowerBound]
-        }
-        report.dataBlocks += checked.good
-        next += checked.good
-        step *= 2
-        if let cause = checked.outcome.cause(mismatch: .data) {
-          report.add(
-            VerifyReport.Damage(
-              region: region, firstBlock: next, blockCount: 1,
-              fileOffset: geometry.offset(ofBlock: next), cause: cause))
-          next += 1
-          step = 1
-        }
+      guard let problem = check(number: Int(entry) - 1) else {
+        report.dataBlocks += 1
+        continue
       }
-      block = end
+      report.add(
+        VerifyReport.Damage(
+          region: region, firstBlock: block, blockCount: 1, fileOffset: problem.fileOffset,
+          cause: problem.outcome.cause(mismatch: .data) ?? .data))
     }
+  }
+
+  /// What is wrong with a stored block; its chunk is read once.
+  private mutating func check(number: Int) -> ChunkOutcome? {
+    let chunks = image.chunks
+    let (chunk, slot) = number.quotientAndRemainder(dividingBy: chunks.blocksPerChunk)
+    guard chunk < chunks.chunkCount else {
+      return ChunkOutcome(outcome: .damaged, fileOffset: chunks.tableOffset)
+    }
+    if states[chunk] == 0 {
+      let problem: ChunkOutcome?
+      var length = chunks.blocksPerChunk
+      if chunks.isStored {
+        // SAFETY: the decoder has room for a block.
+        problem = unsafe image.readStored(
+          chunk, count: 1, into: decoder.content, table: pages, firstPage: 0
+        ).failure
+      } else {
+        problem = image.decode(chunk, with: decoder, table: pages, firstPage: 0)
+        length = decoder.contentLength / ImageLimits.blockSize
+      }
+      if let problem {
+        problems.append(problem)
+        states[chunk] = UInt32(problems.count) + 32
+      } else {
+        states[chunk] = UInt32(length)
+      }
+    }
+    if states[chunk] > 32 { return problems[Int(states[chunk]) - 33] }
+    guard slot < Int(states[chunk]) else {
+      return ChunkOutcome(
+        outcome: .damaged, fileOffset: chunks.offset(ofTablePage: chunks.place(of: chunk).page))
+    }
+    return nil
   }
 }
 

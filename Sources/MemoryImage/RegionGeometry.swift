@@ -7,19 +7,16 @@ internal import SystemPackage
 /// numbers: the hot path copies it.
 struct RegionGeometry: Sendable {
   /// Entries of an index page; its last 8 bytes are its checksum.
-  static let entriesPerPage = 511
+  static let entriesPerPage = 1022
 
   /// Blocks of 4 KiB.
   let blockCount: Int
   /// Bytes from the start of the file to the index.
   let indexOffset: Int
-  /// Bytes from the start of the file to the data area.
-  let dataOffset: Int
   /// The first of its pages in the memory that holds the indexes of all regions.
   let firstIndexPage: Int
-  /// Seeds (docs/image-format.md, "Checksums").
+  /// A seed (docs/image-format.md, "Checksums").
   let indexKey: UInt64
-  let dataKey: UInt64
 
   /// Pages of the index.
   var indexPageCount: Int { Self.indexPageCount(blockCount: blockCount) }
@@ -35,14 +32,7 @@ struct RegionGeometry: Sendable {
   }
 
   /// Bytes from the start of the file.
-  @inline(__always)
-  func offset(ofBlock block: Int) -> Int { dataOffset + block * ImageLimits.blockSize }
-
-  /// Bytes from the start of the file.
   func offset(ofIndexPage page: Int) -> Int { indexOffset + page * ImageLimits.blockSize }
-
-  @inline(__always)
-  func seed(ofBlock block: Int) -> UInt64 { Checksum.seed(dataKey, position: block) }
 
   func seed(ofIndexPage page: Int) -> UInt64 { Checksum.seed(indexKey, position: page) }
 }

@@ -21,16 +21,16 @@ enum ReadOutcome {
   case failed(Errno)
 }
 
-/// The page indexes of all regions in memory, each page filled when it is first needed.
+/// Pages of an index or of a chunk table in memory, each filled when it is first needed.
 ///
-/// A page is 512 words as in the file: 511 entries, and at the place of the checksum the
+/// A page is 4096 bytes as in the file: entries, and at the place of the checksum the
 /// page's state. A page in state `ready` never changes again, so its entries are read
 /// without synchronisation after one acquire load of the state.
 ///
 ///     empty -> loading -> ready
 ///       ^---------'  the page could not be read or is damaged
 @safe
-final class VerifiedIndex: @unchecked Sendable {
+final class VerifiedPages: @unchecked Sendable {
   // SAFETY: `Sendable` because of the protocol above: entries are only written by the one
   // thread that moved the page to `loading`, and only read in state `ready`.
 
@@ -38,6 +38,8 @@ final class VerifiedIndex: @unchecked Sendable {
   private static let loading: UInt64 = 1
   private static let ready: UInt64 = 2
   private static let wordsPerPage = 512
+  /// Words of a page before its checksum.
+  private static let entryWords = 511
 
   private let mapping: Mapping
   private let words: UnsafeMutablePointer<UInt64>
@@ -57,12 +59,20 @@ final class VerifiedIndex: @unchecked Sendable {
     unsafe state(of: page).pointee.load(ordering: .acquiring) == Self.ready
   }
 
-  /// An entry of a page for which `isReady` was true.
+  /// Eight bytes of a page for which `isReady` was true.
   @inline(__always)
-  func entry(_ page: Int, _ slot: Int) -> UInt64 {
+  func word(_ page: Int, _ slot: Int) -> UInt64 {
     // SAFETY: geometry keeps page and slot inside of the mapping; a ready page does not
     // change.
     unsafe words[page &* Self.wordsPerPage &+ slot]
+  }
+
+  /// Four bytes of a page for which `isReady` was true.
+  @inline(__always)
+  func half(_ page: Int, _ slot: Int) -> UInt32 {
+    // SAFETY: as for `word`.
+    let start = unsafe UnsafeRawPointer(words + page &* Self.wordsPerPage)
+    return unsafe start.load(fromByteOffset: slot &* 4, as: UInt32.self)
   }
 
   /// Reads a page from the file, checks it, and makes it ready.
@@ -80,7 +90,7 @@ final class VerifiedIndex: @unchecked Sendable {
       // copy that was checked, so nothing unchecked ever lies in the index.
       unsafe withUnsafeBytes(of: &staging) { source in
         let target = unsafe UnsafeMutableRawBufferPointer(
-          start: words + page * Self.wordsPerPage, count: RegionGeometry.entriesPerPage * 8)
+          start: words + page * Self.wordsPerPage, count: Self.entryWords * 8)
         unsafe target.copyMemory(from: UnsafeRawBufferPointer(rebasing: source[..<target.count]))
       }
       unsafe state.pointee.store(Self.ready, ordering: .releasing)
@@ -91,22 +101,10 @@ final class VerifiedIndex: @unchecked Sendable {
     return outcome
   }
 
-  /// One entry, read and checked for this call alone.
-  ///
-  /// - Parameter slot: the entry in the page.
-  static func readEntry(
-    _ slot: Int, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64
-  ) -> (outcome: ReadOutcome, entry: UInt64) {
-    var staging = Staging(repeating: 0)
-    let outcome = read(into: &staging, from: file, offset: offset, seed: seed)
-    guard case .ready = outcome else { return (outcome, 0) }
-    return (outcome, staging[slot])
-  }
-
-  /// An index page as in the file, on the stack: loading allocates nothing.
+  /// A page as in the file, on the stack: loading allocates nothing.
   typealias Staging = InlineArray<512, UInt64>
 
-  /// Reads an index page and checks it against its checksum.
+  /// Reads a page and checks it against its checksum.
   static func read(
     into staging: inout Staging, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64
   ) -> ReadOutcome {
@@ -122,17 +120,17 @@ final class VerifiedIndex: @unchecked Sendable {
     if let failure { return .failed(failure) }
     let checksum = unsafe withUnsafeBytes(of: &staging) { bytes in
       unsafe Checksum.of(
-        UnsafeRawBufferPointer(rebasing: bytes[..<(RegionGeometry.entriesPerPage * 8)]),
+        UnsafeRawBufferPointer(rebasing: bytes[..<(Self.entryWords * 8)]),
         seed: seed)
     }
-    return checksum == staging[RegionGeometry.entriesPerPage] ? .ready : .damaged
+    return checksum == staging[Self.entryWords] ? .ready : .damaged
   }
 
   @inline(__always)
   private func state(of page: Int) -> UnsafeMutablePointer<Atomic<UInt64>> {
     // SAFETY: the last word of the page, never accessed in another way; all bits zero is
     // a valid `Atomic<UInt64>`.
-    let word = unsafe words + (page &* Self.wordsPerPage &+ RegionGeometry.entriesPerPage)
+    let word = unsafe words + (page &* Self.wordsPerPage &+ Self.entryWords)
     return unsafe UnsafeMutableRawPointer(word).assumingMemoryBound(to: Atomic<UInt64>.self)
   }
 }

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import Glibc
+internal import LinuxSystem
+internal import SystemPackage
+
+/// What became of reading a chunk.
+struct ChunkOutcome {
+  var outcome: ReadOutcome
+  /// Bytes from the start of the file to what is bad.
+  var fileOffset: Int
+}
+
+/// Reading stored blocks by number.
+extension MemoryImage {
+  /// A page of the index or of the chunk table, loaded if need be.
+  @inline(__always)
+  func makeReady(
+    page: Int, in pages: VerifiedPages, fileOffset: Int, seed: UInt64
+  ) -> ReadOutcome {
+    if pages.isReady(page) { return .ready }
+    return loadPage(page, in: pages, fileOffset: fileOffset, seed: seed)
+  }
+
+  /// Waits while another thread is loading the page: that takes one read.
+  @inline(never)
+  private func loadPage(
+    _ page: Int, in pages: VerifiedPages, fileOffset: Int, seed: UInt64
+  ) -> ReadOutcome {
+    while true {
+      let outcome = pages.load(page: page, from: file, offset: fileOffset, seed: seed)
+      guard case .busy = outcome else { return outcome }
+      sched_yield()
+    }
+  }
+
+  /// The index entry of a block: 0, or 1 + the number of a stored block.
+  @inline(__always)
+  func indexEntry(
+    _ geometry: RegionGeometry, block: Int
+  ) -> (outcome: ReadOutcome, entry: UInt32) {
+    let page = block / RegionGeometry.entriesPerPage
+    let outcome = makeReady(
+      page: geometry.firstIndexPage + page, in: pages, fileOffset: geometry.offset(ofIndexPage: page),
+      seed: geometry.seed(ofIndexPage: page))
+    guard case .ready = outcome else { return (outcome, 0) }
+    let slot = block - page * RegionGeometry.entriesPerPage
+    return (.ready, pages.half(geometry.firstIndexPage + page, slot))
+  }
+
+  /// Reads `count` stored blocks from `number` on, all of one chunk; for stored images of
+  /// chunks that follow each other.
+  ///
+  /// - Returns: how many of them are good, and what is wrong with the next one.
+  @unsafe
+  func readBlocks(
+    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(ImageError) -> (good: Int, failure: ChunkOutcome?) {
+    let firstPage = chunks.firstTablePage
+    if chunks.isStored {
+      return unsafe readStored(number, count: count, into: buffer, table: pages, firstPage: firstPage)
+    }
+    let chunk = number / chunks.blocksPerChunk
+    let slot = number - chunk * chunks.blocksPerChunk
+    let path = path
+    return try decoders.withDecoder(
+      noMemory: { (errno: Errno) -> ImageError in
+        ImageError(.limitExceeded, path, "there is no memory to decompress", errno: errno)
+      }
+    ) { decoder throws(ImageError) in
+      if decoder.chunk != chunk {
+        let failure = decode(chunk, with: decoder, table: pages, firstPage: firstPage)
+        if let failure { return (0, failure) }
+      }
+      let available = decoder.contentLength / ImageLimits.blockSize - slot
+      guard available > 0 else {
+        return (0, ChunkOutcome(outcome: .damaged, fileOffset: tableOffset(of: chunk)))
+      }
+      let length = min(count, available) * ImageLimits.blockSize
+      // SAFETY: the content has that many bytes from the slot on; the caller has room.
+      unsafe buffer.copyMemory(
+        from: decoder.content + slot * ImageLimits.blockSize, byteCount: length)
+      return (min(count, available), nil)
+    }
+  }
+
+  /// Reads, decompresses and checks a chunk; `nil` when it is good and in the decoder.
+  func decode(
+    _ chunk: Int, with decoder: ChunkDecoder, table: VerifiedPages, firstPage: Int
+  ) -> ChunkOutcome? {
+    decoder.chunk = -1
+    let (outcome, entry) = chunkEntry(chunk, table, firstPage)
+    guard case .ready = outcome else {
+      return ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk))
+    }
+    let fileOffset = chunks.dataOffset + entry.offset
+    let damaged = ChunkOutcome(outcome: .damaged, fileOffset: fileOffset)
+    guard entry.length > 0, entry.length <= decoder.frameRoom,
+      entry.offset + entry.length <= chunks.dataLength
+    else { return ChunkOutcome(outcome: .damaged, fileOffset: tableOffset(of: chunk)) }
+    let isRaw = entry.length % ImageLimits.blockSize == 0
+    do throws(Errno) {
+      // SAFETY: both rooms are as long as `frameRoom`, which was checked.
+      let room = unsafe UnsafeMutableRawBufferPointer(
+        start: isRaw ? decoder.content : decoder.frame, count: entry.length)
+      try unsafe file.readAll(into: room, at: fileOffset)
+    } catch {
+      return ChunkOutcome(outcome: .failed(error), fileOffset: fileOffset)
+    }
+    var length = entry.length
+    if !isRaw {
+      // SAFETY: the frame was just read.
+      let frame = unsafe UnsafeRawBufferPointer(start: decoder.frame, count: entry.length)
+      guard let claimed = unsafe ZstdDecompressor.contentLength(frame),
+        claimed > 0, claimed <= decoder.contentRoom, claimed % ImageLimits.blockSize == 0,
+        unsafe decoder.decompressor.decompress(
+          frame, into: UnsafeMutableRawBufferPointer(start: decoder.content, count: claimed))
+      else { return damaged }
+      length = claimed
+    }
+    // SAFETY: `length` bytes of the content were just written.
+    let found = unsafe Checksum.of(
+      decoder.content, length: length, seed: chunks.seed(ofChunk: chunk))
+    guard found == entry.checksum else { return damaged }
+    decoder.contentLength = length
+    decoder.chunk = chunk
+    return nil
+  }
+
+  /// The entry of a chunk of a compressed image.
+  private func chunkEntry(
+    _ chunk: Int, _ table: VerifiedPages, _ firstPage: Int
+  ) -> (ReadOutcome, ChunkEntry) {
+    let (page, slot) = chunks.place(of: chunk)
+    let none = ChunkEntry(offset: 0, length: 0, checksum: 0)
+    guard chunk < chunks.chunkCount else { return (.damaged, none) }
+    let outcome = makeReady(
+      page: firstPage + page, in: table, fileOffset: chunks.offset(ofTablePage: page),
+      seed: chunks.seed(ofTablePage: page))
+    guard case .ready = outcome else { return (outcome, none) }
+    let first = firstPage + page
+    return (
+      .ready,
+      ChunkEntry(
+        place: table.word(first, slot * 2), checksum: table.word(first, slot * 2 + 1))
+    )
+  }
+
+  private func tableOffset(of chunk: Int) -> Int {
+    chunks.offset(ofTablePage: chunks.place(of: chunk).page)
+  }
+
+  /// Blocks as they are: one read, then each is checked.
+  @unsafe
+  func readStored(
+    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, table: VerifiedPages,
+    firstPage: Int
+  ) -> (good: Int, failure: ChunkOutcome?) {
+    let blockSize = ImageLimits.blockSize
+    let start = chunks.dataOffset + number * blockSize
+    guard number < chunks.chunkCount else {
+      return (0, ChunkOutcome(outcome: .damaged, fileOffset: tableOffset(of: number)))
+    }
+    let length = min(count, chunks.chunkCount - number) * blockSize
+    var failure: Errno?
+    var done = 0
+    while done < length {
+      do throws(Errno) {
+        // SAFETY: the caller vouches for room for all blocks.
+        let rest = unsafe UnsafeMutableRawBufferPointer(start: buffer + done, count: length - done)
+        let got = try unsafe file.read(into: rest, at: start + done)
+        if got == 0 { throw .noData }
+        done += got
+      } catch {
+        // The blocks before the bad spot may be good.
+        failure = error
+        break
+      }
+    }
+    var good = 0
+    while good < done / blockSize {
+      let chunk = number + good
+      let (page, slot) = chunks.place(of: chunk)
+      let outcome = makeReady(
+        page: firstPage + page, in: table, fileOffset: chunks.offset(ofTablePage: page),
+        seed: chunks.seed(ofTablePage: page))
+      guard case .ready = outcome else {
+        return (good, ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk)))
+      }
+      // SAFETY: the block was filled.
+      let found = unsafe Checksum.of(
+        buffer + good * blockSize, length: blockSize, seed: chunks.seed(ofChunk: chunk))
+      if found != table.word(firstPage + page, slot) {
+        return (good, ChunkOutcome(outcome: .damaged, fileOffset: start + good * blockSize))
+      }
+      good += 1
+    }
+    return (
+      good, failure.map { ChunkOutcome(outcome: .failed($0), fileOffset: start + good * blockSize) }
+    )
+  }
+}
