@@ -111,7 +111,7 @@ let package = Package(
       ],
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
-    tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash"]),
+    tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash", "CCrypto"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),
     tests(

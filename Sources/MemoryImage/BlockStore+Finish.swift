@@ -101,7 +101,7 @@ extension BlockStore {
     _ hasher: SHA256Hasher
   ) throws(Errno) {
     let blockSize = ImageLimits.blockSize
-    hasher.addLength(layout.indexPageCount * blockSize)
+    hasher.addLength(layout.indexPageCount * (blockSize - 8))
     for geometry in layout.geometries {
       var first = 0
       while first < geometry.indexPageCount {
@@ -113,11 +113,11 @@ extension BlockStore {
             start: index.pointer + (geometry.firstIndexPage + first) * blockSize,
             count: count * blockSize))
         for number in 0..<count {
-          unsafe seal(
-            buffer.scratch + number * blockSize, seed: geometry.seed(ofIndexPage: first + number))
+          let page = unsafe buffer.scratch + number * blockSize
+          unsafe hasher.add(UnsafeRawBufferPointer(start: page, count: blockSize - 8))
+          unsafe seal(page, seed: geometry.seed(ofIndexPage: first + number))
         }
         let pages = unsafe UnsafeRawBufferPointer(start: buffer.scratch, count: count * blockSize)
-        unsafe hasher.add(pages)
         try unsafe file.writeAll(
           pages, at: offset + geometry.offset(ofIndexPage: first))
         first += count

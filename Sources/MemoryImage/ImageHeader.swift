@@ -121,7 +121,8 @@ struct ImageHeader: Equatable {
     guard blockSize == UInt32(ImageLimits.blockSize) else {
       throw ImageError(.invalidLayout, path, "it has blocks of \(blockSize) bytes")
     }
-    guard reserved == 0, bytes[Self.reservedStart..<Self.checksumOffset].allSatisfy({ $0 == 0 }) else {
+    guard reserved == 0, bytes[Self.reservedStart..<Self.checksumOffset].allSatisfy({ $0 == 0 })
+    else {
       throw ImageError(.invalidLayout, path, "reserved bytes of the header are not zero")
     }
     try checkLimits(path)

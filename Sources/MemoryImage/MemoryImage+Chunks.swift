@@ -41,7 +41,8 @@ extension MemoryImage {
   ) -> (outcome: ReadOutcome, entry: UInt32) {
     let page = block / RegionGeometry.entriesPerPage
     let outcome = makeReady(
-      page: geometry.firstIndexPage + page, in: pages, fileOffset: geometry.offset(ofIndexPage: page),
+      page: geometry.firstIndexPage + page, in: pages,
+      fileOffset: geometry.offset(ofIndexPage: page),
       seed: geometry.seed(ofIndexPage: page))
     guard case .ready = outcome else { return (outcome, 0) }
     let slot = block - page * RegionGeometry.entriesPerPage
@@ -58,7 +59,8 @@ extension MemoryImage {
   ) throws(ImageError) -> (good: Int, failure: ChunkOutcome?) {
     let firstPage = chunks.firstTablePage
     if chunks.isStored {
-      return unsafe readStored(number, count: count, into: buffer, table: pages, firstPage: firstPage)
+      return unsafe readStored(
+        number, count: count, into: buffer, table: pages, firstPage: firstPage)
     }
     let chunk = number / chunks.blocksPerChunk
     let slot = number - chunk * chunks.blocksPerChunk

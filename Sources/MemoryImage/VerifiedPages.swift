@@ -46,7 +46,7 @@ final class VerifiedPages: @unchecked Sendable {
 
   /// Room for so many pages. No memory is used until they are loaded.
   init(pageCount: Int) throws(Errno) {
-    let mapping = try Mapping(anonymous: pageCount * ImageLimits.blockSize)
+    let mapping = try Mapping(anonymous: max(1, pageCount) * ImageLimits.blockSize)
     // SAFETY: the mapping is page aligned, zeroed, and lives as long as `self`; it holds
     // nothing but words (`Atomic<UInt64>` has the layout of its value).
     unsafe words = mapping.pointer.assumingMemoryBound(to: UInt64.self)

@@ -104,7 +104,10 @@ struct AtomicityTests {
 
       let region = ImageRegion(
         name: "ram", guestAddress: GuestAddress(0), length: 4 << 20, pageSize: .size4KiB)
-      let bytes = [UInt8](repeating: 1, count: 4 << 20)
+      var random = Random(seed: 9)
+      let bytes = (0..<1024).flatMap { _ in
+        (0..<512).flatMap { _ in RawImage.littleEndian(random.next()) }
+      }
       var writer: ImageWriter? = try ImageWriter(path: path, regions: [region])
       let error = imageError { try writer?.write(region: 0, firstBlock: 0, bytes) }
       #expect(error?.code == .inputOutput)
@@ -117,7 +120,7 @@ struct AtomicityTests {
 
       // Full only when the end is written: 1 MiB does not hold this index.
       let large = ImageRegion(
-        name: "ram", guestAddress: GuestAddress(0), length: 2 << 30, pageSize: .size4KiB)
+        name: "ram", guestAddress: GuestAddress(0), length: 4 << 30, pageSize: .size4KiB)
       let atEnd = imageError { try ImageWriter(path: path, regions: [large]).finish() }
       #expect(atEnd?.errno == .noSpace)
       #expect(try names(in: directory) == ["image"])

@@ -79,6 +79,36 @@ struct Lie: Sendable, CustomTestStringConvertible {
     },
   ]
 
+  static let chunks: [Lie] = [
+    .header("an unknown encoding", RawImage.Header.encoding, 2, .invalidLayout),
+    .header("chunks of no blocks", RawImage.Header.blocksPerChunk, 0, .invalidLayout),
+    .header("stored chunks of 2 blocks", RawImage.Header.blocksPerChunk, 2, .invalidLayout),
+    .header("chunks of 17 blocks", RawImage.Header.blocksPerChunk, 17, .limitExceeded),
+    .header("65 ancestors", RawImage.Header.ancestorCount, 65, .limitExceeded),
+    .header("a reserved field", RawImage.Header.ancestorCount + 4, 1, .invalidLayout),
+    Lie("data that are longer than its chunks", .invalidLayout) {
+      $0.set(RawImage.Header.dataLength, word: $0.word(RawImage.Header.dataLength) + 4096)
+    },
+    Lie("2^33 chunks", .limitExceeded) { $0.set(RawImage.Header.chunkCount, word: 1 << 33) },
+    Lie("data outside of the file", .invalidLayout) {
+      $0.set(RawImage.Header.data, word: 1 << 40)
+    },
+    Lie("data that wrap", .invalidLayout) { $0.set(RawImage.Header.data, word: .max - 4095) },
+    Lie("data that are not aligned", .invalidLayout) {
+      $0.set(RawImage.Header.data, word: $0.word(RawImage.Header.data) + 8)
+    },
+    Lie("data in the region table", .invalidLayout) { $0.set(RawImage.Header.data, word: 4096) },
+    Lie("a chunk table outside of the file", .invalidLayout) {
+      $0.set(RawImage.Header.chunkTable, word: 1 << 40)
+    },
+    Lie("a chunk table that is not aligned", .invalidLayout) {
+      $0.set(RawImage.Header.chunkTable, word: $0.word(RawImage.Header.chunkTable) - 8)
+    },
+    Lie("a chunk table in the index", .invalidLayout) {
+      $0.set(RawImage.Header.chunkTable, word: UInt64($0.indexOffset(region: 0)))
+    },
+  ]
+
   static let regions: [Lie] = [
     .region("no length", RawImage.Region.length, 0),
     .region("an odd length", RawImage.Region.length, 5000),
@@ -92,23 +122,20 @@ struct Lie: Sendable, CustomTestStringConvertible {
     .region("a length that is not whole pages", RawImage.Region.pageSize, 2 << 20),
     .region("an address that is not aligned", RawImage.Region.guestAddress, 0x4000_0800),
     .region("the address of another region", RawImage.Region.guestAddress, 0),
-    .region("the end of another region", RawImage.Region.guestAddress, 1029 * 4096),
+    .region("the end of another region", RawImage.Region.guestAddress, 2059 * 4096),
     .region("an address that wraps", RawImage.Region.guestAddress, .max - 4095),
     .region("an index in the header", RawImage.Region.indexOffset, 0),
     .region("an index that is not aligned", RawImage.Region.indexOffset, 8200),
-    .region("the index of another region", RawImage.Region.indexOffset, 8192),
+    Lie("the index of another region", .invalidLayout) {
+      $0.set(
+        $0.region(1, RawImage.Region.indexOffset), word: UInt64($0.indexOffset(region: 0)))
+    },
+    Lie("an index in the data", .invalidLayout) {
+      $0.set($0.region(1, RawImage.Region.indexOffset), word: $0.word(RawImage.Header.data))
+    },
     .region("an index outside of the file", RawImage.Region.indexOffset, 1 << 40),
     .region("an index that wraps", RawImage.Region.indexOffset, .max - 4095),
-    .region("data in the region table", RawImage.Region.dataOffset, 4096),
-    .region("data that are not aligned", RawImage.Region.dataOffset, 8704),
-    .region("data outside of the file", RawImage.Region.dataOffset, 1 << 40),
-    .region("data that wrap", RawImage.Region.dataOffset, .max - 4095),
-    Lie("data of another region", .invalidLayout) {
-      $0.set($0.region(1, RawImage.Region.dataOffset), word: UInt64($0.dataOffset(region: 0)))
-    },
-    Lie("data in the index", .invalidLayout) {
-      $0.set($0.region(1, RawImage.Region.dataOffset), word: UInt64($0.indexOffset(region: 0)))
-    },
+    .region("something in an unused field", RawImage.Region.unused, 4096),
     Lie("no name", .invalidLayout) { $0.set($0.region(1, RawImage.Region.nameLength), half: 0) },
     Lie("a name of 81 bytes", .invalidLayout) {
       $0.set($0.region(1, RawImage.Region.nameLength), half: 81)
@@ -143,7 +170,7 @@ struct Lie: Sendable, CustomTestStringConvertible {
       $0.set($0.state(2, RawImage.State.offset), word: offset)
     },
     Lie("a blob in the data", .invalidLayout) {
-      $0.set($0.state(0, RawImage.State.offset), word: UInt64($0.dataOffset(region: 0)))
+      $0.set($0.state(0, RawImage.State.offset), word: $0.word(RawImage.Header.data))
     },
     Lie("a doubled name", .invalidLayout) {
       $0.set($0.state(1, RawImage.State.instance), half: 0)
@@ -179,7 +206,7 @@ struct Lie: Sendable, CustomTestStringConvertible {
 struct CraftedImageTests {
   @Test(
     "The lie is told by its code, before anything large is allocated",
-    arguments: Lie.headers + Lie.regions + Lie.states + Lie.strings)
+    arguments: Lie.headers + Lie.chunks + Lie.regions + Lie.states + Lie.strings)
   func lie(lie: Lie) throws {
     var image = try Sample.machineImage.get()
     lie.tell(&image)
@@ -217,15 +244,14 @@ struct CraftedImageTests {
   func enormous() throws {
     var image = try Sample.smallMachineImage.get()
     let length = 1 << 48
-    let indexLength = (length / 4096 + 510) / 511 * 4096
+    let indexLength = (length / 4096 + 1021) / 1022 * 4096
     let index = (image.bytes.count + 4095) & ~4095
-    image.set(RawImage.Header.fileLength, word: UInt64(index + indexLength + length))
+    image.set(RawImage.Header.fileLength, word: UInt64(index + indexLength))
     image.set(image.region(1, RawImage.Region.length), word: UInt64(length))
     image.set(image.region(1, RawImage.Region.indexOffset), word: UInt64(index))
-    image.set(image.region(1, RawImage.Region.dataOffset), word: UInt64(index + indexLength))
     image.reseal()
     let file = try ScratchFile(image.bytes)
-    try file.setLength(index + indexLength + length)
+    try file.setLength(index + indexLength)
     let opened = try MemoryImage(path: file.path)
     #expect(opened.regions[1].length == length)
     let last = length / 4096 - 1

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+import CCrypto
 import CXXHash
 import LinuxSystem
 import SystemPackage
@@ -24,7 +25,16 @@ struct RawImage {
     static let regionTable = 56
     static let stateTable = 80
     static let metadata = 104
-    static let reserved = 128
+    static let encoding = 128
+    static let blocksPerChunk = 132
+    static let ancestorCount = 136
+    static let ancestors = 144
+    static let chunkTable = 168
+    static let chunkCount = 176
+    static let data = 184
+    static let dataLength = 192
+    static let contentID = 200
+    static let reserved = 232
     static let checksum = 4088
   }
 
@@ -35,7 +45,7 @@ struct RawImage {
     static let length = 8
     static let pageSize = 16
     static let indexOffset = 24
-    static let dataOffset = 32
+    static let unused = 32
     static let nameLength = 40
     static let reserved = 44
     static let name = 48
@@ -88,8 +98,14 @@ struct RawImage {
 
   func state(_ number: Int, _ field: Int) -> Int { stateTable + number * State.size + field }
 
-  func dataOffset(region number: Int, block: Int = 0) -> Int {
-    Int(word(region(number, Region.dataOffset))) + block * 4096
+  /// The number of a stored block, of one that is not zero.
+  func number(region: Int, block: Int) -> Int {
+    Int(half(indexOffset(region: region, page: block / 1022) + block % 1022 * 4)) - 1
+  }
+
+  /// Where a block of a stored image lies.
+  func dataOffset(region: Int, block: Int) -> Int {
+    Int(word(Header.data)) + number(region: region, block: block) * 4096
   }
 
   func indexOffset(region number: Int, page: Int = 0) -> Int {
@@ -104,6 +120,16 @@ struct RawImage {
       unsafe XXH_INLINE_XXH3_64bits_withSeed($0.baseAddress, $0.count, seed)
     }
     return hash == 0 ? 1 : hash
+  }
+
+  static func sha256(_ bytes: [UInt8]) -> [UInt8] {
+    var hash = [UInt8](repeating: 0, count: 32)
+    _ = unsafe EVP_Digest(bytes, bytes.count, &hash, nil, EVP_sha256(), nil)
+    return hash
+  }
+
+  static func littleEndian(_ word: UInt64) -> [UInt8] {
+    (0..<8).map { UInt8(truncatingIfNeeded: word >> (8 * $0)) }
   }
 
   func key(_ tag: UInt64, _ number: Int = 0) -> UInt64 {
@@ -129,6 +155,7 @@ struct RawImage {
     }
     for (tag, header) in [
       (1, Header.regionTable), (2, Header.stateTable), (3, Header.metadata),
+      (8, Header.ancestors),
     ] {
       guard let table = extent(ofTable: header) else { continue }
       set(header + 16, word: Self.hash(bytes[table], seed: key(UInt64(tag))))

@@ -59,8 +59,15 @@ struct Sample: Sendable {
     }
   }
 
+  /// The ways to hold blocks that round trips go through.
+  static let encodings = [
+    ImageOptions(encoding: .stored), ImageOptions(),
+    ImageOptions(encoding: .zstd(level: 3), blocksPerChunk: 16),
+    ImageOptions(encoding: .zstd(level: 1), blocksPerChunk: 1),
+  ]
+
   /// A small machine with everything in it: two regions, device states, metadata.
-  static let machine = machine(blocks: [1030, 8])
+  static let machine = machine(blocks: [2060, 8])
 
   /// The same with few blocks, for tests that read it thousands of times.
   static let smallMachine = machine(blocks: [12, 8])
@@ -104,8 +111,10 @@ struct Sample: Sendable {
 
   // MARK: - Writing
 
-  func write(to path: FilePath) throws {
-    var writer = try ImageWriter(path: path, regions: regions)
+  func write(
+    to path: FilePath, _ options: ImageOptions = ImageOptions(encoding: .stored)
+  ) throws {
+    var writer = try ImageWriter(path: path, regions: regions, options: options)
     for (region, blocks) in data.enumerated() {
       try writer.write(region: region, blocks: blocks)
     }
@@ -114,11 +123,11 @@ struct Sample: Sendable {
     try writer.finish()
   }
 
-  /// The bytes of the image.
-  func encoded() throws -> RawImage {
+  /// The bytes of the image, whose blocks are stored as they are: so that tests know where.
+  func encoded(_ options: ImageOptions = ImageOptions(encoding: .stored)) throws -> RawImage {
     try withTemporaryDirectory { directory in
       let path = FilePath(directory).appending("image")
-      try write(to: path)
+      try write(to: path, options)
       return RawImage(bytes: try contents(of: path))
     }
   }
@@ -163,7 +172,9 @@ struct Sample: Sendable {
 extension ImageWriter {
   /// Writes single blocks.
   func write(region: Int, blocks: [Int: [UInt8]]) throws {
-    for (block, bytes) in blocks { try write(region: region, firstBlock: block, bytes) }
+    for (block, bytes) in blocks.sorted(by: { $0.key < $1.key }) {
+      try write(region: region, firstBlock: block, bytes)
+    }
   }
 
   func write(region: Int, firstBlock: Int, _ bytes: [UInt8]) throws {
