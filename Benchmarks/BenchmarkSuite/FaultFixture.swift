@@ -27,7 +27,9 @@ final class FaultFixture {
     let guest = try TestGuest(booting: memory.range, kind: kind)
     defer { guest.shutdown() }
     _ = try guest.run(.fill(seed: 1))
-    try GuestSnapshot.take(of: guest, memory: memory, to: image, skipsAbsentPages: true)
+    try GuestSnapshot.take(
+      of: guest, memory: memory, to: image, skipsAbsentPages: true,
+      options: ImageOptions(encoding: .stored))
     states = try guest.saveState()
     let content = try Mapping(anonymous: Self.memoryLength)
     // SAFETY: the guest is paused; both mappings are this long.

@@ -23,7 +23,9 @@ enum GuestScenarios {
         let guest = try TestGuest(booting: memory.range, vcpus: 2, kind: .kvm)
         defer { guest.shutdown() }
         let report = try guest.run(.fill(seed: seed))
-        try GuestSnapshot.take(of: guest, memory: memory, to: image, skipsAbsentPages: true)
+        try GuestSnapshot.take(
+          of: guest, memory: memory, to: image, skipsAbsentPages: true,
+          options: ImageOptions(encoding: .stored))
         return "\(report.pages) pages"
       },
       Scenario("guest: the strategy that is found is three-way") {

@@ -2,7 +2,7 @@
 
 public import GuestMemory
 internal import LinuxSystem
-internal import MemoryImage
+public import MemoryImage
 internal import Synchronization
 public import SystemPackage
 public import TestGuest
@@ -20,11 +20,13 @@ public enum GuestSnapshot {
   ///   - memory: the guest's memory.
   ///   - skipsAbsentPages: `true` when absent pages are zeros; `false` when a pager fills
   ///     them on demand.
+  ///   - options: how the image holds pages.
   ///   - metadata: strings to keep with the image.
   ///   - progress: bytes of guest memory dealt with, and in all; from several threads.
   public static func take(
     of guest: TestGuest, memory: borrowing GuestMemoryObject, to path: FilePath,
     skipsAbsentPages: Bool, metadata: [String: String] = [:],
+    options: ImageOptions = ImageOptions(),
     progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(SnapshotError) {
     guest.pause()
@@ -35,7 +37,7 @@ public enum GuestSnapshot {
           ImageRegion(
             name: "ram", guestAddress: GuestAddress(0), length: memory.range.length,
             pageSize: memory.backing.pageSize)
-        ])
+        ], options: options)
       for (key, value) in metadata { try writer.setMetadata(key: key, value: value) }
       try writer.setMetadata(key: kindKey, value: guest.kind == .kvm ? "kvm" : "process")
       for (index, state) in try guest.saveState().enumerated() {

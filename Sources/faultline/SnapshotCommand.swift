@@ -4,6 +4,7 @@ import ArgumentParser
 import Foundation
 import GuestMemory
 import LinuxSystem
+import MemoryImage
 import SnapshotRestore
 import SystemPackage
 import TestGuest
@@ -32,6 +33,8 @@ struct SnapshotCommand: ParsableCommand {
   var seed: UInt64 = 1
   @Option(help: "Fill only this much from the first MiB on; the rest stays absent.")
   var fill: MemorySize?
+  @Option(help: "Compression by zstd, 1 (fast) to 19 (small); 0 stores pages as they are.")
+  var level = 1
   @Option(help: "What runs the guest: automatic, kvm or process.")
   var guest: GuestKind = .automatic
   @OptionGroup var memoryOptions: MemoryOptions
@@ -51,6 +54,7 @@ struct SnapshotCommand: ParsableCommand {
 
   func validate() throws {
     try validateGuest(memory: memory, vcpus: vcpus)
+    guard (0...19).contains(level) else { throw ValidationError("--level must be 0 to 19") }
     guard memoryOptions.backing != .guestMemfd else {
       throw ValidationError(
         "--backing guest_memfd is for `faultline restore`; an image fits any kind of memory")
@@ -84,7 +88,9 @@ struct SnapshotCommand: ParsableCommand {
     }
     try GuestSnapshot.take(
       of: testGuest, memory: object, to: FilePath(output), skipsAbsentPages: true,
-      metadata: metadata, progress: progress.callback)
+      metadata: metadata,
+      options: ImageOptions(encoding: level == 0 ? .stored : .zstd(level: level)),
+      progress: progress.callback)
     progress.finish()
     let report = Report(
       image: output, memoryBytes: memory.bytes, filledPages: filled.pages,

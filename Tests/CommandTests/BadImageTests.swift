@@ -74,8 +74,8 @@ struct BadImageTests {
       try image.restore().expectFailure(
         1, saying: [image.path, "does not begin as an image does"])
       try image.write(start, at: 0)
-      try image.write(Data([2, 0, 0, 0]), at: 8)
-      try image.restore().expectFailure(1, saying: [image.path, "version 2", "reads 1"])
+      try image.write(Data([3, 0, 0, 0]), at: 8)
+      try image.restore().expectFailure(1, saying: [image.path, "version 3", "reads 2"])
       try image.write(start, at: 0)
       #expect(try image.restore().ending == .exit(0))
     }

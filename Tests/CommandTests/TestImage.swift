@@ -4,7 +4,7 @@ import Foundation
 import TestSupport
 import Testing
 
-/// Makes a snapshot in a directory of its own and removes it afterwards.
+/// Makes a snapshot whose blocks are stored as they are in a directory of its own and removes it afterwards.
 func withImage<Value>(
   mebibytes: Int = 8, guest: String = "process", _ options: [String] = [],
   _ body: (TestImage) throws -> Value
@@ -12,7 +12,8 @@ func withImage<Value>(
   try withTemporaryDirectory { directory in
     let path = "\(directory)/guest.img"
     let saved = try faultline(
-      ["snapshot", "-o", path, "--memory", "\(mebibytes)M", "--guest", guest] + options)
+      ["snapshot", "-o", path, "--memory", "\(mebibytes)M", "--guest", guest, "--level", "0"]
+        + options)
     try #require(saved.ending == .exit(0), "\(saved)")
     return try body(TestImage(path: path, mebibytes: mebibytes))
   }
@@ -67,24 +68,30 @@ struct TestImage {
     try read(at: offset, count: 8).reversed().reduce(0) { $0 << 8 | UInt64($1) }
   }
 
-  /// Flips a byte in the data of the first block from the given one on that is stored,
-  /// and tells which it was (docs/image-format.md).
+  /// Flips a byte in the data of the first block from the given one on that is stored and
+  /// that no other block is equal to, and tells which it was (docs/image-format.md).
   func damageBlock(from first: Int) throws -> Int {
-    let table = try read(number: 56)
-    let index = try read(number: table + 24)
-    let data = try read(number: table + 32)
-    for block in first..<mebibytes * 256 {
-      let entry = index + 4096 * UInt64(block / 511) + 8 * UInt64(block % 511)
-      guard try read(number: entry) != 0 else { continue }
-      try flip(byteAt: data + 4096 * UInt64(block) + 123)
+    let data = try read(number: 184)
+    var uses: [UInt64: Int] = [:]
+    let entries = try (0..<mebibytes * 256).map { try entry(of: $0) }
+    for entry in entries { uses[entry, default: 0] += 1 }
+    for block in first..<mebibytes * 256 where entries[block] != 0 && uses[entries[block]] == 1 {
+      try flip(byteAt: data + 4096 * (entries[block] - 1) + 123)
       return block
     }
     throw CocoaError(.fileReadCorruptFile)
   }
 
   /// Flips a byte in the page index of a block.
-  func damageIndex(of block: Int) throws {
+  func damageIndex(of block: Int) throws { try flip(byteAt: try place(ofEntry: block)) }
+
+  private func entry(of block: Int) throws -> UInt64 {
+    try read(at: try place(ofEntry: block), count: 4).reversed()
+      .reduce(0) { $0 << 8 | UInt64($1) }
+  }
+
+  private func place(ofEntry block: Int) throws -> UInt64 {
     let index = try read(number: try read(number: 56) + 24)
-    try flip(byteAt: index + 4096 * UInt64(block / 511) + 8 * UInt64(block % 511))
+    return index + 4096 * UInt64(block / 1022) + 4 * UInt64(block % 1022)
   }
 }
