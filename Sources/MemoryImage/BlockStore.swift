@@ -114,6 +114,14 @@ final class BlockStore: @unchecked Sendable {
     var chunk = -1
     var filled = 0
     buffer.beginOutput()
+    // Blocks that are stored as they are get numbers that follow each other, so that they
+    // are written together; the numbers of those that turn out known stay unused.
+    var reserved = 0..<0
+    if options.encoding == .stored {
+      // SAFETY: as below.
+      reserved = try takeChunks(
+        (0..<count).count { !(unsafe isZeroBlock(unsafe buffer.block($0))) })
+    }
     for index in 0..<count {
       // SAFETY: block `index` lies inside of the staging buffer, which is page aligned.
       let bytes = unsafe buffer.block(index)
@@ -123,7 +131,8 @@ final class BlockStore: @unchecked Sendable {
         continue
       }
       if chunk < 0 {
-        chunk = try takeChunk()
+        if reserved.isEmpty { reserved = try takeChunks(1) }
+        chunk = reserved.removeFirst()
         filled = 0
       }
       let number = UInt32(chunk * options.blocksPerChunk + filled)
@@ -142,10 +151,10 @@ final class BlockStore: @unchecked Sendable {
     return true
   }
 
-  private func takeChunk() throws(Errno) -> Int {
-    let chunk = chunkCount.wrappingAdd(1, ordering: .relaxed).oldValue
-    guard chunk < layout.chunkCapacity else { throw .fileTooLarge }
-    return chunk
+  private func takeChunks(_ count: Int) throws(Errno) -> Range<Int> {
+    let first = chunkCount.wrappingAdd(count, ordering: .relaxed).oldValue
+    guard first + count <= layout.chunkCapacity else { throw .fileTooLarge }
+    return first..<first + count
   }
 
   /// Encodes a chunk that the buffer has collected into its output.
@@ -154,7 +163,7 @@ final class BlockStore: @unchecked Sendable {
     // SAFETY: the buffer has collected that many bytes.
     let checksum = unsafe Checksum.of(
       buffer.collected, length: length, seed: layout.seed(ofChunk: chunk))
-    // SAFETY: `takeChunk` keeps numbers below the capacity.
+    // SAFETY: `takeChunks` keeps numbers below the capacity.
     let stored = unsafe buffer.encode(
       length: length, chunk: chunk, digest: digests.pointer + chunk * ContentID.length)
     let entry = unsafe tableEntry(chunk)
@@ -168,11 +177,17 @@ final class BlockStore: @unchecked Sendable {
     guard output.count > 0 else { return }
     if case .stored = options.encoding {
       // The place follows from the number.
-      for (position, chunk) in buffer.chunks.enumerated() {
-        let start = position * ImageLimits.blockSize
+      let blockSize = ImageLimits.blockSize
+      var first = 0
+      while first < buffer.chunks.count {
+        var end = first + 1
+        while end < buffer.chunks.count,
+          buffer.chunks[end] == buffer.chunks[first] + end - first
+        { end += 1 }
         try unsafe file?.descriptor.writeAll(
-          UnsafeRawBufferPointer(rebasing: output[start..<start + ImageLimits.blockSize]),
-          at: layout.dataOffset + chunk * ImageLimits.blockSize)
+          UnsafeRawBufferPointer(rebasing: output[first * blockSize..<end * blockSize]),
+          at: layout.dataOffset + buffer.chunks[first] * blockSize)
+        first = end
       }
       return
     }
@@ -199,7 +214,7 @@ final class BlockStore: @unchecked Sendable {
 
   /// Two words: the place (or its length, until it is known), and the checksum.
   func tableEntry(_ chunk: Int) -> UnsafeMutablePointer<UInt64> {
-    // SAFETY: `takeChunk` keeps numbers below the capacity.
+    // SAFETY: `takeChunks` keeps numbers below the capacity.
     unsafe (table.pointer + chunk * 16).assumingMemoryBound(to: UInt64.self)
   }
 
