@@ -51,8 +51,9 @@ extension BlockStore {
     let tailOffset = chunkTableOffset + tablePages * blockSize
 
     let regionTable = layout.encodedRegionTable(indexOffset: indexOffset)
+    let ancestors = chain()
     let tail = ImageTail(
-      id: layout.id, offset: tailOffset, states: states, metadata: metadata)
+      id: layout.id, offset: tailOffset, states: states, ancestors: ancestors, metadata: metadata)
     var header = ImageHeader(
       id: layout.id, fileLength: UInt64(tailOffset + tail.bytes.count),
       regionCount: layout.regions.count, stateCount: states.count, metadataCount: metadata.count)
@@ -63,8 +64,8 @@ extension BlockStore {
     header.metadata = tail.metadata
     header.encoding = isStored ? 0 : 1
     header.blocksPerChunk = UInt32(options.blocksPerChunk)
-    header.ancestors = TableReference(
-      offset: 0, length: 0, checksum: Checksum.of([], seed: Checksum.key(layout.id, .ancestors)))
+    header.ancestorCount = UInt32(ancestors.count)
+    header.ancestors = tail.ancestors
     header.chunkTableOffset = UInt64(chunkTableOffset)
     header.chunkCount = UInt64(chunkCount)
     header.dataOffset = UInt64(layout.dataOffset)
@@ -73,7 +74,7 @@ extension BlockStore {
     // In the order of docs/image-format.md, "Content id".
     hasher.addPart(header.countsForContentID)
     hasher.addPart(regionTable)
-    hasher.addPart([])
+    hasher.addPart(AncestorTable.encode(ancestors))
     hasher.addLength(chunkCount * ContentID.length)
     // SAFETY: the digests of all chunks lie in the mapping.
     unsafe hasher.add(

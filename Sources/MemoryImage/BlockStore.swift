@@ -15,6 +15,9 @@ final class BlockStore: @unchecked Sendable {
   let path: FilePath
   let layout: ImageLayout
   let options: ImageOptions
+  let parent: MemoryImage?
+  /// The number of the first own block in the chain.
+  let base: Int
 
   /// Closes the race between a write on one thread and `finish` or `abandon` on another:
   /// writes share it, the end takes it alone.
@@ -37,9 +40,13 @@ final class BlockStore: @unchecked Sendable {
   /// Buffers that no thread uses now. The lock is held to take one or to put it back.
   private let buffers = Mutex<[StagingBuffer]>([])
 
-  init(path: FilePath, regions: [ImageRegion], options: ImageOptions) throws(ImageError) {
+  init(
+    path: FilePath, regions: [ImageRegion], options: ImageOptions, parent: MemoryImage?
+  ) throws(ImageError) {
     self.path = path
     self.options = options
+    self.parent = parent
+    base = parent.map { $0.own.base + $0.own.chunks.blockNumbers } ?? 0
     layout = try ImageLayout(id: .random(), regions: regions, options: options, path: path)
     do throws(Errno) {
       index = try Mapping(anonymous: layout.indexPageCount * ImageLimits.blockSize)
@@ -90,7 +97,7 @@ final class BlockStore: @unchecked Sendable {
       let isOpen: Bool
       do throws(Errno) {
         isOpen = try lock.read { () throws(Errno) in
-          try store(buffer, count: length / blockSize, at: block, of: geometry)
+          try store(buffer, count: length / blockSize, at: block, of: geometry, region: region)
         }
       } catch {
         isFailed.store(true, ordering: .relaxed)
@@ -108,7 +115,8 @@ final class BlockStore: @unchecked Sendable {
   ///
   /// - Returns: `false`, with nothing written, when the writer has ended.
   private func store(
-    _ buffer: StagingBuffer, count: Int, at firstBlock: Int, of geometry: RegionGeometry
+    _ buffer: StagingBuffer, count: Int, at firstBlock: Int, of geometry: RegionGeometry,
+    region: Int
   ) throws(Errno) -> Bool {
     guard file != nil else { return false }
     var chunk = -1
@@ -130,12 +138,18 @@ final class BlockStore: @unchecked Sendable {
         unsafe entry.pointee = 0
         continue
       }
+      if let inherited = unsafe parentEntry(
+        region: region, block: firstBlock + index, equalTo: bytes, buffer)
+      {
+        unsafe entry.pointee = inherited
+        continue
+      }
       if chunk < 0 {
         if reserved.isEmpty { reserved = try takeChunks(1) }
         chunk = reserved.removeFirst()
         filled = 0
       }
-      let number = UInt32(chunk * options.blocksPerChunk + filled)
+      let number = UInt32(base + chunk * options.blocksPerChunk + filled)
       let same = unsafe known.number(of: bytes, orEnter: number)
       unsafe entry.pointee = same + 1
       if same != number { continue }
@@ -202,7 +216,7 @@ final class BlockStore: @unchecked Sendable {
     }
   }
 
-  private func entry(
+  func entry(
     _ block: Int, of geometry: RegionGeometry
   ) -> UnsafeMutablePointer<UInt32> {
     let (page, slot) = block.quotientAndRemainder(dividingBy: RegionGeometry.entriesPerPage)

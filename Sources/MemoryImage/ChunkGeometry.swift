@@ -15,21 +15,18 @@ struct ChunkGeometry: Sendable {
   /// Bytes from the start of the file to the data, and of the data.
   let dataOffset: Int
   let dataLength: Int
-  /// The table's first page in the memory of verified pages.
-  let firstTablePage: Int
   /// Seeds.
   let tableKey: UInt64
   let chunkKey: UInt64
 
   /// From a header whose fields were checked.
-  init(_ header: ImageHeader, firstTablePage: Int) {
+  init(_ header: ImageHeader) {
     isStored = header.encoding == 0
     blocksPerChunk = Int(header.blocksPerChunk)
     chunkCount = Int(header.chunkCount)
     tableOffset = Int(header.chunkTableOffset)
     dataOffset = Int(header.dataOffset)
     dataLength = Int(header.dataLength)
-    self.firstTablePage = firstTablePage
     tableKey = Checksum.key(header.id, .chunkTable)
     chunkKey = Checksum.key(header.id, .chunk)
   }
@@ -43,6 +40,9 @@ struct ChunkGeometry: Sendable {
   }
 
   var tablePageCount: Int { Self.tablePageCount(chunks: chunkCount, isStored: isStored) }
+
+  /// Numbers that its blocks take.
+  var blockNumbers: Int { chunkCount * blocksPerChunk }
 
   /// The page of the table that has a chunk, and the entry in it.
   @inline(__always)

@@ -16,8 +16,11 @@ struct ImageCatalog {
   let chunks: ChunkGeometry
   let contentID: ContentID
 
-  /// Pages of the indexes of all regions and of the chunk table together.
-  let pageCount: Int
+  /// The oldest first.
+  let ancestors: [ImageAncestor]
+
+  /// Pages of the indexes of all regions.
+  let indexPageCount: Int
 
   /// Reads and checks header, tables and device states. What it allocates is bounded
   /// by `ImageLimits`, whatever the file says.
@@ -69,9 +72,15 @@ struct ImageCatalog {
     }
     try ImageRegion.check(regions, path: path)
     try extents.insert(header)
-    chunks = ChunkGeometry(header, firstTablePage: indexPages)
-    guard header.ancestorCount == 0 else {
-      throw ImageError(.unsupportedVersion, path, "it builds on other images")
+    chunks = ChunkGeometry(header)
+    ancestors = try AncestorTable.decode(
+      source.read(
+        file, header.ancestors, seed: Checksum.key(header.id, .ancestors),
+        "the table of ancestors", &extents),
+      count: Int(header.ancestorCount), path: path)
+    let numbers = ancestors.reduce(chunks.blockNumbers) { $0 + $1.blockNumbers }
+    guard numbers < Int(UInt32.max) else {
+      throw ImageError(.limitExceeded, path, "its chain has \(numbers) blocks")
     }
 
     let states = try source.readStates(file, header, &extents)
@@ -88,7 +97,7 @@ struct ImageCatalog {
     self.states = states
     self.metadata = metadata
     contentID = header.contentID
-    pageCount = indexPages + chunks.tablePageCount
+    indexPageCount = indexPages
   }
 }
 

@@ -70,10 +70,14 @@ struct ImageTail {
   /// The bytes from the end of the chunk table to the end of the file.
   private(set) var bytes: [UInt8] = []
   private(set) var stateTable = TableReference()
+  private(set) var ancestors = TableReference()
   private(set) var metadata = TableReference()
 
   /// Encodes the tail of a file; `offset` is where it will lie, a multiple of 8.
-  init(id: ImageID, offset: Int, states: [DeviceState], metadata: [String: String]) {
+  init(
+    id: ImageID, offset: Int, states: [DeviceState], ancestors: [ImageAncestor],
+    metadata: [String: String]
+  ) {
     var table: [UInt8] = []
     for (number, state) in states.enumerated() {
       let checksum = Checksum.of(state.bytes, seed: Checksum.key(id, .state, number: number))
@@ -82,6 +86,9 @@ struct ImageTail {
       bytes.append(zeros: -bytes.count & 7)
     }
     stateTable = append(table, offset: offset, seed: Checksum.key(id, .stateTable))
+    self.ancestors = append(
+      AncestorTable.encode(ancestors), offset: offset, seed: Checksum.key(id, .ancestors))
+    // The entries' lengths are multiples of 8, those of the metadata are not: it comes last.
     self.metadata = append(
       MetadataTable.encode(metadata), offset: offset, seed: Checksum.key(id, .metadata))
   }

@@ -7,7 +7,7 @@ public import SystemPackage
 ///
 /// The image appears under its path in `finish`, complete and on stable storage; until
 /// then, and when the writer goes away without it, the path is as it was and nothing is
-/// left behind. Blocks that nobody writes are zero.
+/// left behind. Blocks that nobody writes are zero, or the parent's.
 public struct ImageWriter: ~Copyable, Sendable {
   private let store: BlockStore
   private var states: [DeviceState] = []
@@ -18,12 +18,19 @@ public struct ImageWriter: ~Copyable, Sendable {
   /// Starts an image that will replace what is at `path`, which must be a regular file or
   /// absent; its directory must exist. The file will be readable only for its owner.
   ///
+  /// With a parent, blocks that nobody writes are the parent's, and those that are written
+  /// but equal to the parent's at the same place are not stored again. The parent must stay
+  /// where it is, or beside the new image. Its regions have the same addresses and lengths.
+  ///
   /// Throws `invalidLayout` or `limitExceeded` for regions that the format cannot hold, and
   /// `inputOutput` when the file cannot be made.
   public init(
-    path: FilePath, regions: [ImageRegion], options: ImageOptions = ImageOptions()
+    path: FilePath, regions: [ImageRegion], options: ImageOptions = ImageOptions(),
+    parent: MemoryImage? = nil
   ) throws(ImageError) {
-    store = try BlockStore(path: path, regions: regions, options: options)
+    let store = try BlockStore(path: path, regions: regions, options: options, parent: parent)
+    try store.takeOverIndex()
+    self.store = store
   }
 
   deinit { store.abandon() }

@@ -51,20 +51,18 @@ extension MemoryImage {
     while true {
       // As many as follow each other where they are stored.
       let number = Int(entry) - 1
-      let room =
-        chunks.isStored
-        ? blockCount - done
-        : min(blockCount - done, chunks.blocksPerChunk - number % chunks.blocksPerChunk)
+      let store = store(of: number)
+      let room = min(blockCount - done, store.room(from: number))
       let count = run(of: geometry, from: firstBlock + done, limit: room) { index, next in
         Int(next) == number + 1 + index
       }
       // SAFETY: the caller vouches for room for all blocks.
-      let (good, problem) = try unsafe readBlocks(
+      let (good, problem) = try unsafe store.readBlocks(
         number, count: count, into: buffer + done * ImageLimits.blockSize)
       done += good
       if let problem {
         if done > 0 { break }
-        throw dataFailure(problem, region: region, block: firstBlock)
+        throw dataFailure(problem, store, region: region, block: firstBlock)
       }
       // What a chunk lacks is looked at when it comes first.
       guard good == count, done < blockCount else { break }
@@ -76,6 +74,20 @@ extension MemoryImage {
   }
 
   // MARK: - Steps
+
+  /// The index entry of a block: 0, or 1 + the number of a stored block.
+  @inline(__always)
+  func indexEntry(
+    _ geometry: RegionGeometry, block: Int
+  ) -> (outcome: ReadOutcome, entry: UInt32) {
+    let page = block / RegionGeometry.entriesPerPage
+    let outcome = pages.makeReady(
+      geometry.firstIndexPage + page, from: own.file, offset: geometry.offset(ofIndexPage: page),
+      seed: geometry.seed(ofIndexPage: page))
+    guard case .ready = outcome else { return (outcome, 0) }
+    let slot = block - page * RegionGeometry.entriesPerPage
+    return (.ready, pages.half(geometry.firstIndexPage + page, slot))
+  }
 
   /// How many blocks from one on, itself included, satisfy a condition. Ends before an index
   /// page that is not to be had.
@@ -108,14 +120,16 @@ extension MemoryImage {
   }
 
   @inline(never)
-  private func dataFailure(_ problem: ChunkOutcome, region: Int, block: Int) -> ImageError {
+  private func dataFailure(
+    _ problem: ChunkOutcome, _ store: ChunkStore, region: Int, block: Int
+  ) -> ImageError {
     if case .failed(let errno) = problem.outcome {
       return ImageError.reading(
-        errno, path, region: region, regionName: regions[region].name, block: block,
+        errno, store.path, region: region, regionName: regions[region].name, block: block,
         fileOffset: problem.fileOffset)
     }
-    return failure(
-      .damaged, "the block does not match its checksum", region: region, block: block,
-      fileOffset: problem.fileOffset)
+    return ImageError(
+      .damaged, store.path, "the block does not match its checksum", region: region,
+      regionName: regions[region].name, block: block, fileOffset: problem.fileOffset)
   }
 }

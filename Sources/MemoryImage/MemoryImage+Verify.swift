@@ -70,7 +70,7 @@ extension MemoryImage {
   public func verify(
     progress: (_ done: Int, _ total: Int) -> Void = { _, _ in }
   ) throws(ImageError) -> VerifyReport {
-    let current = try ImageCatalog(reading: file, path: path)
+    let current = try ImageCatalog(reading: own.file, path: path)
     guard current.id == id, current.regions == regions else {
       throw ImageError(.damaged, path, "the file was overwritten while it was open")
     }
@@ -89,24 +89,13 @@ extension MemoryImage {
 /// One pass of `MemoryImage.verify`: trusts nothing that was read before.
 private struct ImageCheck {
   private let image: MemoryImage
-  private let decoder: ChunkDecoder
-  /// Pages of the chunk table, read again.
-  private let pages: VerifiedPages
-  /// For each chunk: 0 not looked at; 1 to 16 good, so many blocks; else 33 + its place in
-  /// `problems`.
-  private var states: [UInt32]
-  private var problems: [ChunkOutcome] = []
+  /// A pass over the chunks of each image of the chain, `own` first.
+  private var chunks: [ChunkCheck] = []
   private(set) var report = VerifyReport()
 
   init(_ image: MemoryImage) throws(ImageError) {
     self.image = image
-    states = Array(repeating: 0, count: image.chunks.chunkCount)
-    do throws(Errno) {
-      decoder = try ChunkDecoder(image.chunks)
-      pages = try VerifiedPages(pageCount: image.chunks.tablePageCount)
-    } catch {
-      throw ImageError(.limitExceeded, image.path, "there is no memory to verify it", errno: error)
-    }
+    for store in [image.own] + image.others { chunks.append(try ChunkCheck(store)) }
   }
 
   /// Checks one index page and its blocks.
@@ -116,7 +105,7 @@ private struct ImageCheck {
     let offset = geometry.offset(ofIndexPage: page)
     var words = VerifiedPages.Staging(repeating: 0)
     let outcome = VerifiedPages.read(
-      into: &words, from: image.file, offset: offset, seed: geometry.seed(ofIndexPage: page))
+      into: &words, from: image.own.file, offset: offset, seed: geometry.seed(ofIndexPage: page))
     if let cause = outcome.cause(mismatch: .index) {
       report.add(
         VerifyReport.Damage(
@@ -142,9 +131,37 @@ private struct ImageCheck {
     }
   }
 
-  /// What is wrong with a stored block; its chunk is read once.
   private mutating func check(number: Int) -> ChunkOutcome? {
-    let chunks = image.chunks
+    let place = chunks.firstIndex { number >= $0.store.base } ?? 0
+    return chunks[place].check(number: number - chunks[place].store.base)
+  }
+}
+
+/// Checks the chunks of one image, each once.
+private struct ChunkCheck {
+  let store: ChunkStore
+  private let decoder: ChunkDecoder
+  /// Pages of the chunk table, read again.
+  private let table: VerifiedPages
+  /// For each chunk: 0 not looked at; 1 to 16 good, so many blocks; else 33 + its place in
+  /// `problems`.
+  private var states: [UInt32]
+  private var problems: [ChunkOutcome] = []
+
+  init(_ store: ChunkStore) throws(ImageError) {
+    self.store = store
+    states = Array(repeating: 0, count: store.chunks.chunkCount)
+    do throws(Errno) {
+      decoder = try ChunkDecoder(store.chunks)
+      table = try VerifiedPages(pageCount: store.chunks.tablePageCount)
+    } catch {
+      throw ImageError(.limitExceeded, store.path, "there is no memory to verify it", errno: error)
+    }
+  }
+
+  /// What is wrong with a block, by its number in this image.
+  mutating func check(number: Int) -> ChunkOutcome? {
+    let chunks = store.chunks
     let (chunk, slot) = number.quotientAndRemainder(dividingBy: chunks.blocksPerChunk)
     guard chunk < chunks.chunkCount else {
       return ChunkOutcome(outcome: .damaged, fileOffset: chunks.tableOffset)
@@ -154,11 +171,11 @@ private struct ImageCheck {
       var length = chunks.blocksPerChunk
       if chunks.isStored {
         // SAFETY: the decoder has room for a block.
-        problem = unsafe image.readStored(
-          chunk, count: 1, into: decoder.content, table: pages, firstPage: 0
+        problem = unsafe store.readStored(
+          chunk, count: 1, into: decoder.content, table: table
         ).failure
       } else {
-        problem = image.decode(chunk, with: decoder, table: pages, firstPage: 0)
+        problem = store.decode(chunk, with: decoder, table: table)
         length = decoder.contentLength / ImageLimits.blockSize
       }
       if let problem {

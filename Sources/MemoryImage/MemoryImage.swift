@@ -22,14 +22,18 @@ public final class MemoryImage: Sendable {
   /// Strings about the machine and the snapshot.
   public let metadata: [String: String]
 
-  let file: OwnedDescriptor
-  let geometries: [RegionGeometry]
-  let chunks: ChunkGeometry
-  let pages: VerifiedPages
-  let decoders: DecoderPool
+  /// What it builds on, the oldest first; their blocks are read from their files.
+  public let ancestors: [ImageAncestor]
 
-  /// Opens an image and checks its header, tables and device states; memory and index are
-  /// checked when they are read. The time does not depend on the size of the guest.
+  let geometries: [RegionGeometry]
+  let pages: VerifiedPages
+  /// Its own blocks, and those of its ancestors, the youngest first.
+  let own: ChunkStore
+  let others: [ChunkStore]
+
+  /// Opens an image and the images that it builds on, and checks header, tables and device
+  /// states; memory and index are checked when they are read. The time does not depend on the
+  /// size of the guest.
   ///
   /// Throws any code but `outOfRange` and `incomplete`. A file that passes may still have
   /// damaged memory: `verify` tells.
@@ -42,21 +46,34 @@ public final class MemoryImage: Sendable {
     }
     let catalog = try ImageCatalog(reading: file, path: path)
     do throws(Errno) {
-      pages = try VerifiedPages(pageCount: catalog.pageCount)
-      decoders = try DecoderPool(catalog.chunks)
+      pages = try VerifiedPages(pageCount: catalog.indexPageCount)
     } catch {
-      throw ImageError(
-        .limitExceeded, path, "there is no memory for its index", errno: error)
+      throw ImageError(.limitExceeded, path, "there is no memory for its index", errno: error)
     }
+    var base = 0
+    var others: [ChunkStore] = []
+    for ancestor in catalog.ancestors {
+      others.append(try ChunkStore.open(ancestor, of: path, base: base))
+      base += ancestor.blockNumbers
+    }
+    own = try ChunkStore(file, catalog.chunks, base: base, path: path)
+    self.others = others.reversed()
     self.path = path
-    self.file = file
     id = catalog.id
-    regions = catalog.regions
     contentID = catalog.contentID
-    chunks = catalog.chunks
+    ancestors = catalog.ancestors
+    regions = catalog.regions
     geometries = catalog.geometries
     states = catalog.states
     metadata = catalog.metadata
+  }
+
+  /// The image of the chain that has a stored block.
+  @inline(__always)
+  func store(of number: Int) -> ChunkStore {
+    if number >= own.base { return own }
+    // The oldest begins at 0.
+    return others.first { number >= $0.base } ?? own
   }
 
   /// An error about a block, with the names that go with the numbers.

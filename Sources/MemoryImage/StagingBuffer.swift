@@ -14,6 +14,7 @@ final class StagingBuffer: @unchecked Sendable {
   private let staged: Mapping
   private let chunk: Mapping
   private let encoded: Mapping
+  private let compared: Mapping
   private let compressor: ZstdCompressor?
   private let hasher: SHA256Hasher
   private let chunkRoom: Int
@@ -26,6 +27,7 @@ final class StagingBuffer: @unchecked Sendable {
     chunkRoom = options.blocksPerChunk * ImageLimits.blockSize
     staged = try Mapping(anonymous: Self.length)
     chunk = try Mapping(anonymous: chunkRoom)
+    compared = try Mapping(anonymous: ImageLimits.blockSize)
     // A frame never is longer than its content: it is stored then.
     encoded = try Mapping(anonymous: Self.length + chunkRoom)
     guard let hasher = SHA256Hasher() else { throw .noMemory }
@@ -99,6 +101,9 @@ final class StagingBuffer: @unchecked Sendable {
   var output: UnsafeRawBufferPointer {
     unsafe UnsafeRawBufferPointer(start: encoded.pointer, count: encodedLength)
   }
+
+  /// Room for a block to compare with.
+  @unsafe var comparison: UnsafeMutableRawPointer { unsafe compared.pointer }
 
   /// Room to prepare other parts of the file in: `length` bytes.
   @unsafe var scratch: UnsafeMutableRawPointer { unsafe staged.pointer }

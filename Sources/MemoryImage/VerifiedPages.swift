@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+internal import Glibc
 internal import LinuxSystem
 internal import Synchronization
 internal import SystemPackage
@@ -57,6 +58,26 @@ final class VerifiedPages: @unchecked Sendable {
   @inline(__always)
   func isReady(_ page: Int) -> Bool {
     unsafe state(of: page).pointee.load(ordering: .acquiring) == Self.ready
+  }
+
+  /// Loads a page if need be. Waits while another thread is loading it: that takes one read.
+  @inline(__always)
+  func makeReady(
+    _ page: Int, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64
+  ) -> ReadOutcome {
+    if isReady(page) { return .ready }
+    return loadOrWait(page, from: file, offset: offset, seed: seed)
+  }
+
+  @inline(never)
+  private func loadOrWait(
+    _ page: Int, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64
+  ) -> ReadOutcome {
+    while true {
+      let outcome = load(page: page, from: file, offset: offset, seed: seed)
+      guard case .busy = outcome else { return outcome }
+      sched_yield()
+    }
   }
 
   /// Eight bytes of a page for which `isReady` was true.

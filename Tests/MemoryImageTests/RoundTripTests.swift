@@ -83,7 +83,8 @@ struct RoundTripTests {
     expected.set(RawImage.Header.blocksPerChunk, half: 1)
     let tables = [(RawImage.Header.regionTable, 4096, 128)]
     let others = [
-      (RawImage.Header.stateTable, 28_672, 0), (RawImage.Header.metadata, 28_672, 18),
+      (RawImage.Header.stateTable, 28_672, 0), (RawImage.Header.ancestors, 28_672, 0),
+      (RawImage.Header.metadata, 28_672, 18),
     ]
     for (table, offset, length) in tables + others {
       expected.set(table, word: UInt64(offset))

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 
-internal import Glibc
 internal import LinuxSystem
 internal import SystemPackage
 
@@ -11,42 +10,37 @@ struct ChunkOutcome {
   var fileOffset: Int
 }
 
-/// Reading stored blocks by number.
-extension MemoryImage {
-  /// A page of the index or of the chunk table, loaded if need be.
-  @inline(__always)
-  func makeReady(
-    page: Int, in pages: VerifiedPages, fileOffset: Int, seed: UInt64
-  ) -> ReadOutcome {
-    if pages.isReady(page) { return .ready }
-    return loadPage(page, in: pages, fileOffset: fileOffset, seed: seed)
-  }
+/// The stored blocks of one image: of the one that was opened, or of an ancestor.
+final class ChunkStore: Sendable {
+  let path: FilePath
+  let file: OwnedDescriptor
+  let chunks: ChunkGeometry
+  /// The number of its first block in the chain.
+  let base: Int
+  private let table: VerifiedPages
+  private let decoders: DecoderPool
 
-  /// Waits while another thread is loading the page: that takes one read.
-  @inline(never)
-  private func loadPage(
-    _ page: Int, in pages: VerifiedPages, fileOffset: Int, seed: UInt64
-  ) -> ReadOutcome {
-    while true {
-      let outcome = pages.load(page: page, from: file, offset: fileOffset, seed: seed)
-      guard case .busy = outcome else { return outcome }
-      sched_yield()
+  init(
+    _ file: consuming OwnedDescriptor, _ chunks: ChunkGeometry, base: Int, path: FilePath
+  ) throws(ImageError) {
+    do throws(Errno) {
+      table = try VerifiedPages(pageCount: chunks.tablePageCount)
+      decoders = try DecoderPool(chunks)
+    } catch {
+      throw ImageError(.limitExceeded, path, "there is no memory for its index", errno: error)
     }
+    self.path = path
+    self.file = file
+    self.chunks = chunks
+    self.base = base
   }
 
-  /// The index entry of a block: 0, or 1 + the number of a stored block.
+  /// How many blocks from one on may be read at once.
   @inline(__always)
-  func indexEntry(
-    _ geometry: RegionGeometry, block: Int
-  ) -> (outcome: ReadOutcome, entry: UInt32) {
-    let page = block / RegionGeometry.entriesPerPage
-    let outcome = makeReady(
-      page: geometry.firstIndexPage + page, in: pages,
-      fileOffset: geometry.offset(ofIndexPage: page),
-      seed: geometry.seed(ofIndexPage: page))
-    guard case .ready = outcome else { return (outcome, 0) }
-    let slot = block - page * RegionGeometry.entriesPerPage
-    return (.ready, pages.half(geometry.firstIndexPage + page, slot))
+  func room(from number: Int) -> Int {
+    chunks.isStored
+      ? chunks.chunkCount - (number - base)
+      : chunks.blocksPerChunk - (number - base) % chunks.blocksPerChunk
   }
 
   /// Reads `count` stored blocks from `number` on, all of one chunk; for stored images of
@@ -57,10 +51,9 @@ extension MemoryImage {
   func readBlocks(
     _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer
   ) throws(ImageError) -> (good: Int, failure: ChunkOutcome?) {
-    let firstPage = chunks.firstTablePage
+    let number = number - base
     if chunks.isStored {
-      return unsafe readStored(
-        number, count: count, into: buffer, table: pages, firstPage: firstPage)
+      return unsafe readStored(number, count: count, into: buffer, table: table)
     }
     let chunk = number / chunks.blocksPerChunk
     let slot = number - chunk * chunks.blocksPerChunk
@@ -71,7 +64,7 @@ extension MemoryImage {
       }
     ) { decoder throws(ImageError) in
       if decoder.chunk != chunk {
-        let failure = decode(chunk, with: decoder, table: pages, firstPage: firstPage)
+        let failure = decode(chunk, with: decoder, table: table)
         if let failure { return (0, failure) }
       }
       let available = decoder.contentLength / ImageLimits.blockSize - slot
@@ -88,10 +81,10 @@ extension MemoryImage {
 
   /// Reads, decompresses and checks a chunk; `nil` when it is good and in the decoder.
   func decode(
-    _ chunk: Int, with decoder: ChunkDecoder, table: VerifiedPages, firstPage: Int
+    _ chunk: Int, with decoder: ChunkDecoder, table: VerifiedPages
   ) -> ChunkOutcome? {
     decoder.chunk = -1
-    let (outcome, entry) = chunkEntry(chunk, table, firstPage)
+    let (outcome, entry) = chunkEntry(chunk, table)
     guard case .ready = outcome else {
       return ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk))
     }
@@ -131,20 +124,18 @@ extension MemoryImage {
 
   /// The entry of a chunk of a compressed image.
   private func chunkEntry(
-    _ chunk: Int, _ table: VerifiedPages, _ firstPage: Int
+    _ chunk: Int, _ table: VerifiedPages
   ) -> (ReadOutcome, ChunkEntry) {
     let (page, slot) = chunks.place(of: chunk)
     let none = ChunkEntry(offset: 0, length: 0, checksum: 0)
     guard chunk < chunks.chunkCount else { return (.damaged, none) }
-    let outcome = makeReady(
-      page: firstPage + page, in: table, fileOffset: chunks.offset(ofTablePage: page),
+    let outcome = table.makeReady(
+      page, from: file, offset: chunks.offset(ofTablePage: page),
       seed: chunks.seed(ofTablePage: page))
     guard case .ready = outcome else { return (outcome, none) }
-    let first = firstPage + page
     return (
       .ready,
-      ChunkEntry(
-        place: table.word(first, slot * 2), checksum: table.word(first, slot * 2 + 1))
+      ChunkEntry(place: table.word(page, slot * 2), checksum: table.word(page, slot * 2 + 1))
     )
   }
 
@@ -155,8 +146,7 @@ extension MemoryImage {
   /// Blocks as they are: one read, then each is checked.
   @unsafe
   func readStored(
-    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, table: VerifiedPages,
-    firstPage: Int
+    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, table: VerifiedPages
   ) -> (good: Int, failure: ChunkOutcome?) {
     let blockSize = ImageLimits.blockSize
     let start = chunks.dataOffset + number * blockSize
@@ -183,8 +173,8 @@ extension MemoryImage {
     while good < done / blockSize {
       let chunk = number + good
       let (page, slot) = chunks.place(of: chunk)
-      let outcome = makeReady(
-        page: firstPage + page, in: table, fileOffset: chunks.offset(ofTablePage: page),
+      let outcome = table.makeReady(
+        page, from: file, offset: chunks.offset(ofTablePage: page),
         seed: chunks.seed(ofTablePage: page))
       guard case .ready = outcome else {
         return (good, ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk)))
@@ -192,7 +182,7 @@ extension MemoryImage {
       // SAFETY: the block was filled.
       let found = unsafe Checksum.of(
         buffer + good * blockSize, length: blockSize, seed: chunks.seed(ofChunk: chunk))
-      if found != table.word(firstPage + page, slot) {
+      if found != table.word(page, slot) {
         return (good, ChunkOutcome(outcome: .damaged, fileOffset: start + good * blockSize))
       }
       good += 1
