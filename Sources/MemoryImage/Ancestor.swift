@@ -97,7 +97,7 @@ extension ChunkStore {
       else {
         throw ImageError(.invalidLayout, image, "it is wrong about the chunks of \(place)")
       }
-      return try ChunkStore(file, catalog.chunks, base: base, path: place)
+      return try ChunkStore(file, catalog, base: base, path: place)
     }
     throw ImageError(
       .ancestorMissing, image,

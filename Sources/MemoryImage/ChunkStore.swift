@@ -15,23 +15,26 @@ final class ChunkStore: Sendable {
   let path: FilePath
   let file: OwnedDescriptor
   let chunks: ChunkGeometry
+  /// Bytes.
+  let fileLength: Int
   /// The number of its first block in the chain.
   let base: Int
   private let table: VerifiedPages
   private let decoders: DecoderPool
 
   init(
-    _ file: consuming OwnedDescriptor, _ chunks: ChunkGeometry, base: Int, path: FilePath
+    _ file: consuming OwnedDescriptor, _ catalog: ImageCatalog, base: Int, path: FilePath
   ) throws(ImageError) {
     do throws(Errno) {
-      table = try VerifiedPages(pageCount: chunks.tablePageCount)
-      decoders = try DecoderPool(chunks)
+      table = try VerifiedPages(pageCount: catalog.chunks.tablePageCount)
+      decoders = try DecoderPool(catalog.chunks)
     } catch {
       throw ImageError(.limitExceeded, path, "there is no memory for its index", errno: error)
     }
     self.path = path
     self.file = file
-    self.chunks = chunks
+    chunks = catalog.chunks
+    fileLength = catalog.fileLength
     self.base = base
   }
 

@@ -106,7 +106,7 @@ extension MemoryImage {
   }
 
   @inline(never)
-  private func indexFailure(_ outcome: ReadOutcome, region: Int, block: Int) -> ImageError {
+  func indexFailure(_ outcome: ReadOutcome, region: Int, block: Int) -> ImageError {
     let page = block / RegionGeometry.entriesPerPage
     let offset = geometries[region].offset(ofIndexPage: page)
     if case .failed(let errno) = outcome {

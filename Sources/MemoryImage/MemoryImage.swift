@@ -56,7 +56,7 @@ public final class MemoryImage: Sendable {
       others.append(try ChunkStore.open(ancestor, of: path, base: base))
       base += ancestor.blockNumbers
     }
-    own = try ChunkStore(file, catalog.chunks, base: base, path: path)
+    own = try ChunkStore(file, catalog, base: base, path: path)
     self.others = others.reversed()
     self.path = path
     id = catalog.id

@@ -13,6 +13,7 @@ struct FaultlineCommand: ParsableCommand {
       faultline demo                        snapshot a guest, kill it, restore it lazily, verify
       faultline snapshot -o guest.img       fill a test guest and save it
       faultline restore guest.img           run it again; pages come when they are touched
+      faultline image info guest.img        make, look at, check, merge and export images
       faultline bench fault                 measure, against a minimal handler in C
       faultline model                       what the kernel does, step by step
 
@@ -23,7 +24,7 @@ struct FaultlineCommand: ParsableCommand {
     version: "faultline 0.1.0",
     subcommands: [
       DoctorCommand.self, DemoCommand.self, SnapshotCommand.self, RestoreCommand.self,
-      BenchCommand.self, ModelCommand.self,
+      BenchCommand.self, ImageCommand.self, ModelCommand.self,
     ])
 }
 

@@ -5,7 +5,7 @@ import Testing
 
 @Suite("The command line")
 struct UsageTests {
-  static let verbs = ["doctor", "demo", "snapshot", "restore", "bench", "model"]
+  static let verbs = ["doctor", "demo", "snapshot", "restore", "bench", "image", "model"]
 
   @Test("The help names every verb, the exit statuses and the completions")
   func help() throws {
