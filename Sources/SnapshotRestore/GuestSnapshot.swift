@@ -60,55 +60,30 @@ public enum GuestSnapshot {
   private static func copy(
     _ ranges: [Range<Int>], of memory: HostRange, into writer: ImageBlockWriter,
     _ progress: (@Sendable (Int, Int) -> Void)?
-  ) throws {
-    let piece = 4 << 20
+  ) throws(ImageError) {
     let pieces = ranges.flatMap { range in
-      stride(from: range.lowerBound, to: range.upperBound, by: piece).map {
-        $0..<min($0 + piece, range.upperBound)
+      stride(from: range.lowerBound, to: range.upperBound, by: PieceWork.pieceLength).map {
+        $0..<min($0 + PieceWork.pieceLength, range.upperBound)
       }
     }
     let total = ranges.reduce(0) { $0 + $1.count }
-    let work = CopyWork()
-    let body: @Sendable () -> Void = {
-      while let index = work.next(below: pieces.count) {
-        let part = pieces[index]
-        // SAFETY: the caller keeps the mapping while this runs, and the guest is paused.
-        let bytes = unsafe UnsafeRawBufferPointer(
-          start: UnsafeRawPointer(bitPattern: UInt(memory.start.rawValue) + UInt(part.lowerBound)),
-          count: part.count)
-        do throws(ImageError) {
-          try unsafe writer.write(
-            region: 0, firstBlock: part.lowerBound / ImageLimits.blockSize, bytes: bytes)
-        } catch {
-          work.fail(error)
-        }
-        progress?(work.finish(part.count), total)
-      }
+    let done = ByteCounter()
+    try PieceWork(pieces: pieces.count, threads: 2).run(name: "snapshot") {
+      (index) throws(ImageError) in
+      let part = pieces[index]
+      // SAFETY: the caller keeps the mapping while this runs, and the guest is paused.
+      let bytes = unsafe UnsafeRawBufferPointer(
+        start: UnsafeRawPointer(bitPattern: UInt(memory.start.rawValue) + UInt(part.lowerBound)),
+        count: part.count)
+      try unsafe writer.write(
+        region: 0, firstBlock: part.lowerBound / ImageLimits.blockSize, bytes: bytes)
+      progress?(done.add(part.count), total)
     }
-    let helper = try NamedThread(name: "snapshot1", body)
-    body()
-    helper.join()
-    if let failure = work.failure { throw failure }
   }
 }
 
-/// What the threads of one copy share.
-private final class CopyWork: Sendable {
-  private let nextPiece = Atomic<Int>(0)
-  private let bytesDone = Atomic<Int>(0)
-  private let firstFailure = Mutex<ImageError?>(nil)
-
-  func next(below count: Int) -> Int? {
-    guard failure == nil else { return nil }
-    let index = nextPiece.wrappingAdd(1, ordering: .relaxed).oldValue
-    return index < count ? index : nil
-  }
-
-  func finish(_ bytes: Int) -> Int { bytesDone.wrappingAdd(bytes, ordering: .relaxed).newValue }
-
-  func fail(_ error: ImageError) {
-    firstFailure.withLock { $0 = $0 ?? error }
-  }
-
-  var failure: ImageError? { firstFailure.withLock { $0 } }
+/// Bytes that several threads have done.
+private final class ByteCounter: Sendable {
+  private let done = Atomic<Int>(0)
+  func add(_ bytes: Int) -> Int { done.wrappingAdd(bytes, ordering: .relaxed).newValue }
 }
