@@ -66,7 +66,7 @@ public final class AsynchronousTracking: DirtyTracking {
   }
 
   /// Write-protects pages, 4 MiB in each call (ioctl_userfaultfd(2), UFFDIO_WRITEPROTECT):
-  /// about 16 ms for each GiB of 4 KiB pages.
+  /// 16 to 40 ms for each GiB of 4 KiB pages.
   public func arm(_ pages: Range<Int>) throws(DirtyTrackingError) {
     let engine = try running()
     try layout.require(pages)

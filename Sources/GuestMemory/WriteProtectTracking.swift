@@ -88,7 +88,7 @@ public final class WriteProtectTracking: DirtyTracking {
   }
 
   /// Write-protects pages, 4 MiB in each call (ioctl_userfaultfd(2), UFFDIO_WRITEPROTECT):
-  /// about 16 ms for each GiB of 4 KiB pages in one thread. Pages that were written since
+  /// 16 to 40 ms for each GiB of 4 KiB pages. Pages that were written since
   /// they were last armed stay noted.
   public func arm(_ pages: Range<Int>) throws(DirtyTrackingError) {
     let engine = try engine()
