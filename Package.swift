@@ -40,6 +40,7 @@ let package = Package(
     .library(name: "Userfault", targets: ["Userfault"]),
     .library(name: "KVM", targets: ["KVM"]),
     .library(name: "GuestMemory", targets: ["GuestMemory"]),
+    .library(name: "KVMDirtyTracking", targets: ["KVMDirtyTracking"]),
     .library(name: "GuestMemoryModel", targets: ["GuestMemoryModel"]),
     .library(name: "MemoryImage", targets: ["MemoryImage"]),
     .library(name: "Pager", targets: ["Pager"]),
@@ -65,9 +66,11 @@ let package = Package(
     library("Userfault", ["LinuxSystem", "CLinux"]),
     library("KVM", ["LinuxSystem", "CLinux"]),
     library("GuestMemory", ["LinuxSystem", "Userfault"]),
+    library("KVMDirtyTracking", ["KVM", "GuestMemory", "LinuxSystem"]),
     library("MemoryImage", ["LinuxSystem", "CXXHash", "CZstd", "CCrypto"]),
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
-    library("TestGuest", ["KVM", "LinuxSystem", "CGuestProgram"]),
+    library(
+      "TestGuest", ["KVM", "KVMDirtyTracking", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
     library(
       "SnapshotRestore",
       ["TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem"]),
@@ -116,6 +119,9 @@ let package = Package(
     tests("KVMTests", ["KVM", "LinuxSystem"]),
     tests(
       "TestGuestTests", ["TestGuest", "KVM", "Userfault", "LinuxSystem", "CGuestProgram"]),
+    tests(
+      "DirtyTrackingTests",
+      ["TestGuest", "KVMDirtyTracking", "KVM", "GuestMemory", "Userfault", "LinuxSystem"]),
     tests("GuestMemoryModelTests", ["GuestMemoryModel"]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(

@@ -19,7 +19,7 @@ public struct ManualDirtyLogProtect: OptionSet, Hashable, Sendable {
 }
 
 /// A bit for each 4 KiB page of a slot.
-public struct DirtyBitmap: Hashable, Sendable {
+public struct DirtyLog: Hashable, Sendable {
   /// Pages of the slot.
   public let pageCount: Int
   /// Bit n of word m is page 64 m + n.
@@ -58,8 +58,8 @@ extension VirtualMachine {
   /// - Parameter pageCount: the slot's 4 KiB pages; too few would let the kernel write
   ///   beyond the bitmap.
   @unsafe
-  public borrowing func dirtyLog(slot: UInt32, pageCount: Int) throws(Errno) -> DirtyBitmap {
-    var bitmap = DirtyBitmap(pageCount: pageCount)
+  public borrowing func dirtyLog(slot: UInt32, pageCount: Int) throws(Errno) -> DirtyLog {
+    var bitmap = DirtyLog(pageCount: pageCount)
     let number = descriptor.rawValue
     // SAFETY: the bitmap has a bit for each page of the slot (the caller's promise),
     // rounded up to 64 as the kernel does.
@@ -75,15 +75,28 @@ extension VirtualMachine {
 
   /// Forgets the pages that are set in `bitmap` and watches them again
   /// (KVM_CLEAR_DIRTY_LOG). Needs manual protection.
-  public borrowing func clearDirtyLog(slot: UInt32, _ bitmap: DirtyBitmap) throws(Errno) {
-    var words = bitmap.words
+  public borrowing func clearDirtyLog(slot: UInt32, _ bitmap: DirtyLog) throws(Errno) {
+    try clearDirtyLog(slot: slot, words: bitmap.words, pages: 0..<bitmap.pageCount)
+  }
+
+  /// The same for part of a slot.
+  ///
+  /// - Parameters:
+  ///   - words: bit n of word m is page 64 m + n behind the first one; pages whose bit is 0
+  ///     stay as they are.
+  ///   - pages: the first is a multiple of 64, the end too unless it is the slot's.
+  public borrowing func clearDirtyLog(
+    slot: UInt32, words: [UInt64], pages: Range<Int>
+  ) throws(Errno) {
+    guard words.count >= (pages.count + 63) / 64 else { throw .invalidArgument }
+    var words = words
     let number = descriptor.rawValue
-    // SAFETY: the kernel reads `num_pages` bits, which the bitmap has.
+    // SAFETY: the kernel reads `num_pages` bits, which `words` has.
     let result = unsafe words.withUnsafeMutableBytes { words in
       var request = unsafe kvm_clear_dirty_log()
       unsafe request.slot = slot
-      unsafe request.num_pages = UInt32(bitmap.pageCount)
-      unsafe request.first_page = 0
+      unsafe request.num_pages = UInt32(pages.count)
+      unsafe request.first_page = UInt64(pages.lowerBound)
       unsafe request.dirty_bitmap = words.baseAddress
       return unsafe clinux_kvm_clear_dirty_log(number, &request)
     }

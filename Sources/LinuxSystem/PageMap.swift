@@ -3,10 +3,10 @@
 internal import CLinux
 public import SystemPackage
 
-/// Which pages of this process's memory exist (PAGEMAP_SCAN on /proc/self/pagemap,
-/// Linux 6.7; Documentation/admin-guide/mm/pagemap.rst).
+/// Which pages of this process's memory exist or were written (PAGEMAP_SCAN on
+/// /proc/self/pagemap, Linux 6.7; Documentation/admin-guide/mm/pagemap.rst).
 public struct PageMap: ~Copyable, Sendable {
-  private let descriptor: OwnedDescriptor
+  let descriptor: OwnedDescriptor
 
   /// Opens /proc/self/pagemap.
   public init() throws(Errno) {

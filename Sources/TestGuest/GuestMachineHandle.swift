@@ -4,16 +4,27 @@ public import KVM
 public import LinuxSystem
 internal import SystemPackage
 
-/// A virtual machine that exists before its guest, because a guest_memfd belongs to one.
+/// A virtual machine that exists before its guest, because a guest_memfd belongs to one, or
+/// because vCPUs are to have dirty rings.
 public final class GuestMachineHandle: Sendable {
   /// The machine, without memory and vCPUs until a guest is made with it.
   public let machine: VirtualMachine
+  /// Entries of each vCPU's dirty ring; 0 when it has none.
+  let dirtyRingEntries: Int
 
   /// A machine for one guest.
-  public init() throws(GuestError) {
+  ///
+  /// - Parameter dirtyRingEntries: gives each vCPU a dirty ring, which replaces the dirty
+  ///   log: a power of two from 1024 to `KVMCapabilities.dirtyRingEntries`; 0 for none.
+  public init(dirtyRingEntries: Int = 0) throws(GuestError) {
+    self.dirtyRingEntries = dirtyRingEntries
     let system = try host("Opening /dev/kvm") { () throws(Errno) in try KVMSystem() }
     machine = try host("Creating a virtual machine") { () throws(Errno) in
       try VirtualMachine(system)
+    }
+    guard dirtyRingEntries > 0 else { return }
+    try host("Enabling dirty rings of \(dirtyRingEntries) entries") { () throws(Errno) in
+      try machine.enableDirtyRings(entries: dirtyRingEntries)
     }
   }
 }

@@ -2,6 +2,7 @@
 
 internal import CGuestProgram
 internal import KVM
+internal import KVMDirtyTracking
 internal import LinuxSystem
 internal import SystemPackage
 
@@ -73,6 +74,7 @@ extension KVMMachine {
     case .mmioRead(let address, let size): try read(address, size, index)
     case .mmioWrite(let address, let size, let value): try write(value, address, size, index)
     case .memoryFault(let address, _, .userfault) where provide(address, index): break
+    case .dirtyRingFull: try drainRings(index)
     default: throw failure(exit, index)
     }
     return true
@@ -90,8 +92,16 @@ extension KVMMachine {
       case .mmioRead(let address, let size): try read(address, size, index)
       case .mmioWrite(let address, let size, let value): try write(value, address, size, index)
       case .memoryFault(let address, _, .userfault) where provide(address, index): break
+      case .dirtyRingFull: try drainRings(index)
       default: throw failure(exit, index)
       }
+    }
+  }
+
+  /// The vCPU cannot go on before its dirty ring has room.
+  private func drainRings(_ index: Int) throws(GuestError) {
+    try host("Draining the dirty ring of vCPU \(index)") { () throws(Errno) in
+      try dirtyRings?.drain(handle.machine)
     }
   }
 

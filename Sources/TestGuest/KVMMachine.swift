@@ -2,6 +2,7 @@
 
 internal import CGuestProgram
 internal import KVM
+internal import KVMDirtyTracking
 internal import LinuxSystem
 internal import Synchronization
 internal import SystemPackage
@@ -21,6 +22,8 @@ final class KVMMachine: GuestMachine {
   struct Slots: Sendable {
     /// Bytes of guest memory that have slots.
     var installed = 0
+    /// The slots, by their pages.
+    var list: [TrackedSlot] = []
     /// The guest runs: from now on installing slots holds nothing up.
     var isRunning = false
     var failure: GuestError?
@@ -31,7 +34,9 @@ final class KVMMachine: GuestMachine {
   let slots = Monitor(Slots())
   let processors: [KVMProcessor]
   let binding: GuestMemfdBinding?
-  private let handle: GuestMachineHandle
+  let handle: GuestMachineHandle
+  /// The vCPUs' dirty rings; `nil` without.
+  let dirtyRings: DirtyRings?
   private let stateMSRs: [UInt32]
   private let slotThread = Mutex<JoinableThread?>(nil)
   private let sampleBuffer = Mutex<HostRange?>(nil)
@@ -90,6 +95,15 @@ final class KVMMachine: GuestMachine {
           return KVMProcessor(vcpu)
         })
     }
+    let entries = handle.dirtyRingEntries
+    dirtyRings =
+      entries == 0
+      ? nil
+      : try host("Mapping the dirty rings of \(count) vCPUs") { () throws(Errno) in
+        try DirtyRings(vcpuCount: count, entries: entries) { index throws(Errno) in
+          try DirtyRing(of: processors[index].vcpu, entries: entries)
+        }
+      }
     self.processors = processors
     self.handle = handle
     self.binding = binding
@@ -119,7 +133,10 @@ final class KVMMachine: GuestMachine {
         slot: number, at: address, to: part, guestMemfd: binding.file.descriptor, offset: start,
         userfaults: binding.userfaults, firstBit: start / 4096)
     }
-    slots.withLock { $0.installed = end }
+    slots.withLock {
+      $0.installed = end
+      $0.list.append(TrackedSlot(number: number, pages: start / 4096..<end / 4096))
+    }
   }
 
   private func installOtherSlots() {
