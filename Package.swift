@@ -43,6 +43,7 @@ let package = Package(
     .library(name: "KVMDirtyTracking", targets: ["KVMDirtyTracking"]),
     .library(name: "GuestMemoryModel", targets: ["GuestMemoryModel"]),
     .library(name: "MemoryImage", targets: ["MemoryImage"]),
+    .library(name: "Snapshot", targets: ["Snapshot"]),
     .library(name: "Pager", targets: ["Pager"]),
   ],
   dependencies: [
@@ -71,16 +72,20 @@ let package = Package(
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
     library(
       "TestGuest", ["KVM", "KVMDirtyTracking", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
+    library("Snapshot", ["GuestMemory", "MemoryImage", "LinuxSystem"]),
     library(
       "SnapshotRestore",
-      ["TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM", "LinuxSystem"]),
+      [
+        "TestGuest", "Snapshot", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
+        "LinuxSystem",
+      ]),
     library(
       "ModelCheck",
       ["GuestMemoryModel", "GuestMemory", "Userfault", "LinuxSystem", "CLinux", "CGuestProgram"]),
     library(
       "BenchmarkSuite",
       [
-        "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
+        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
         "LinuxSystem",
         "CMinimalHandler",
       ],
@@ -90,7 +95,7 @@ let package = Package(
     .executableTarget(
       name: "GuestMemfdLab",
       dependencies: [
-        "ModelCheck", "GuestMemoryModel", "SnapshotRestore", "TestGuest", "Pager", "MemoryImage",
+        "ModelCheck", "GuestMemoryModel", "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage",
         "GuestMemory", "KVM", "Userfault", "LinuxSystem", systemPackage,
       ],
       path: "Lab/GuestMemfdLab", swiftSettings: swiftSettings),
@@ -99,7 +104,7 @@ let package = Package(
     .executableTarget(
       name: "faultline",
       dependencies: [
-        "SnapshotRestore", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
+        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
         "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel", "ModelCheck", systemPackage,
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],

@@ -5,6 +5,7 @@ import GuestMemory
 import LinuxSystem
 import MemoryImage
 import Pager
+import Snapshot
 import SnapshotRestore
 import SystemPackage
 import TestGuest
@@ -23,18 +24,18 @@ final class FaultFixture {
   init(kind: TestGuest.Kind) throws {
     self.kind = kind
     image = temporaryImage("fault")
-    let memory = try GuestMemoryObject(backing: .anonymous, length: Self.memoryLength)
+    let memory = GuestMemoryHandle(
+      try GuestMemoryObject(backing: .anonymous, length: Self.memoryLength))
     let guest = try TestGuest(booting: memory.range, kind: kind)
     defer { guest.shutdown() }
     _ = try guest.run(.fill(seed: 1))
-    try GuestSnapshot.take(
-      of: guest, memory: memory, to: image, skipsAbsentPages: true,
-      options: ImageOptions(encoding: .stored))
+    _ = try Snapshotter(TestGuestSnapshots(guest, memory)).take(
+      to: image, SnapshotOptions(image: ImageOptions(encoding: .stored)), leavesPaused: true)
     states = try guest.saveState()
     let content = try Mapping(anonymous: Self.memoryLength)
     // SAFETY: the guest is paused; both mappings are this long.
     unsafe content.pointer.copyMemory(
-      from: memory.mapping.pointer, byteCount: Self.memoryLength)
+      from: memory.object.mapping.pointer, byteCount: Self.memoryLength)
     self.content = content
   }
 

@@ -3,6 +3,7 @@
 import Foundation
 import GuestMemory
 import LinuxSystem
+import Snapshot
 import SnapshotRestore
 import SystemPackage
 import TestGuest
@@ -43,11 +44,12 @@ struct RestoreScaling {
   /// A sparse guest: 64 MiB of content in memory of the given size.
   private func makeImage(_ length: Int) throws -> FilePath {
     let path = temporaryImage("restore-\(length >> 30)G")
-    let memory = try GuestMemoryObject(backing: .anonymous, length: length)
+    let memory = GuestMemoryHandle(
+      try GuestMemoryObject(backing: .anonymous, length: length))
     let guest = try TestGuest(booting: memory.range, kind: kind)
     defer { guest.shutdown() }
     _ = try guest.run(.fill(seed: 1), WorkloadOptions(pages: 256..<(256 + 16384)))
-    try GuestSnapshot.take(of: guest, memory: memory, to: path, skipsAbsentPages: true)
+    _ = try Snapshotter(TestGuestSnapshots(guest, memory)).take(to: path, leavesPaused: true)
     return path
   }
 }

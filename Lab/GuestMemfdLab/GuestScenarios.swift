@@ -4,6 +4,7 @@ import GuestMemory
 import LinuxSystem
 import MemoryImage
 import Pager
+import Snapshot
 import SnapshotRestore
 import SystemPackage
 import TestGuest
@@ -19,13 +20,13 @@ enum GuestScenarios {
       .noting(
         "guest: filled and saved, for the scenarios that follow", on: [.patched, .unpatched]
       ) {
-        let memory = try GuestMemoryObject(backing: .anonymous, length: length)
+        let memory = GuestMemoryHandle(
+          try GuestMemoryObject(backing: .anonymous, length: length))
         let guest = try TestGuest(booting: memory.range, vcpus: 2, kind: .kvm)
         defer { guest.shutdown() }
         let report = try guest.run(.fill(seed: seed))
-        try GuestSnapshot.take(
-          of: guest, memory: memory, to: image, skipsAbsentPages: true,
-          options: ImageOptions(encoding: .stored))
+        _ = try Snapshotter(TestGuestSnapshots(guest, memory)).take(
+          to: image, SnapshotOptions(image: ImageOptions(encoding: .stored)), leavesPaused: true)
         return "\(report.pages) pages"
       },
       Scenario("guest: the strategy that is found is three-way") {
@@ -73,8 +74,9 @@ enum GuestScenarios {
           let restored = try restore(.threeWay)
           defer { restored.shutdown() }
           _ = try restored.guest.run(.verify(seed: seed, order: .random), .init(pages: 256..<8192))
-          try GuestSnapshot.take(
-            of: restored.guest, memory: restored.memory, to: path, skipsAbsentPages: false)
+          let subject = TestGuestSnapshots(
+            restored.guest, restored.memory, skipsAbsentPages: false)
+          _ = try Snapshotter(subject).take(to: path, leavesPaused: true)
         }
         let again = try RestoredGuest(path, options(.threeWay))
         defer { again.shutdown() }

@@ -2,18 +2,20 @@
 
 internal import LinuxSystem
 internal import Synchronization
-internal import SystemPackage
+package import SystemPackage
 
 /// A bit for each page that several threads change; nothing is allocated after `init`.
+///
+/// For trackers and what is built on them in this package.
 @safe
-struct AtomicPageSet: ~Copyable, @unchecked Sendable {
+package struct AtomicPageSet: ~Copyable, @unchecked Sendable {
   // SAFETY: all access to the words is atomic; the mapping lives as long as the set.
   private let storage: Mapping
   private let words: UnsafeMutablePointer<Atomic<UInt64>>
-  let pageCount: Int
+  package let pageCount: Int
 
   /// No page is set.
-  init(pageCount: Int) throws(Errno) {
+  package init(pageCount: Int) throws(Errno) {
     let storage = try Mapping(anonymous: max(4096, ((pageCount + 63) / 64 * 8 + 4095) & ~4095))
     // SAFETY: Atomic<UInt64> has the size and layout of UInt64, and zero bytes are its
     // value 0; anonymous memory is zero.
@@ -22,12 +24,20 @@ struct AtomicPageSet: ~Copyable, @unchecked Sendable {
     self.pageCount = pageCount
   }
 
-  borrowing func contains(_ page: Int) -> Bool {
+  package borrowing func contains(_ page: Int) -> Bool {
     precondition(page >= 0 && page < pageCount)
     return unsafe words[page >> 6].load(ordering: .acquiring) & (1 << UInt64(page & 63)) != 0
   }
 
-  borrowing func insert(_ pages: Range<Int>) {
+  /// Sets a page; whether it was not set before.
+  package borrowing func insert(_ page: Int) -> Bool {
+    precondition(page >= 0 && page < pageCount)
+    let bit: UInt64 = 1 << UInt64(page & 63)
+    return unsafe words[page >> 6].bitwiseOr(bit, ordering: .sequentiallyConsistent).oldValue & bit
+      == 0
+  }
+
+  package borrowing func insert(_ pages: Range<Int>) {
     precondition(pages.lowerBound >= 0 && pages.upperBound <= pageCount)
     forEachWordMask(in: pages) { index, mask in
       _ = unsafe words[index].bitwiseOr(mask, ordering: .acquiringAndReleasing)

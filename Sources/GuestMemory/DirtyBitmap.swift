@@ -17,6 +17,12 @@ public struct DirtyBitmap: Hashable, Sendable {
     words = Array(repeating: 0, count: (pageCount + 63) / 64)
   }
 
+  /// Every page is set.
+  public init(all pageCount: Int) {
+    self.init(pageCount: pageCount)
+    insert(0..<pageCount)
+  }
+
   /// Whether a page is set.
   public subscript(page: Int) -> Bool {
     precondition(page >= 0 && page < pageCount)

@@ -72,18 +72,20 @@ final class BlockStore: @unchecked Sendable {
 
   /// See `ImageBlockWriter.write`.
   @unsafe
-  func write(region: Int, firstBlock: Int, bytes: UnsafeRawBufferPointer) throws(ImageError) {
+  func write(
+    region: Int, blocks: BlockNumbers, bytes: UnsafeRawBufferPointer
+  ) throws(ImageError) {
     guard layout.regions.indices.contains(region) else {
       throw ImageError(.outOfRange, path, "it has no region \(region)")
     }
     let geometry = layout.geometries[region]
     let blockSize = ImageLimits.blockSize
-    guard bytes.count % blockSize == 0, firstBlock >= 0, firstBlock <= geometry.blockCount,
-      bytes.count / blockSize <= geometry.blockCount - firstBlock
+    guard bytes.count % blockSize == 0,
+      blocks.fit(bytes.count / blockSize, in: geometry.blockCount)
     else {
       throw ImageError(
         .outOfRange, path, "\(bytes.count) bytes are not blocks of the region", region: region,
-        regionName: layout.regions[region].name, block: firstBlock)
+        regionName: layout.regions[region].name, block: blocks.first)
     }
     let buffer = try takeBuffer()
     defer { buffers.withLock { $0.append(buffer) } }
@@ -93,17 +95,17 @@ final class BlockStore: @unchecked Sendable {
       // SAFETY: `length` bytes are left in the caller's buffer and fit into ours, which no
       // other thread has.
       unsafe buffer.fill(from: UnsafeRawBufferPointer(rebasing: bytes[done..<done + length]))
-      let block = firstBlock + done / blockSize
+      let part = blocks.dropFirst(done / blockSize)
       let isOpen: Bool
       do throws(Errno) {
         isOpen = try lock.read { () throws(Errno) in
-          try store(buffer, count: length / blockSize, at: block, of: geometry, region: region)
+          try store(buffer, count: length / blockSize, at: part, of: geometry, region: region)
         }
       } catch {
         isFailed.store(true, ordering: .relaxed)
         throw ImageError(
           .inputOutput, path, "memory cannot be written", region: region,
-          regionName: layout.regions[region].name, block: block, errno: error)
+          regionName: layout.regions[region].name, block: part.first, errno: error)
       }
       guard isOpen else { throw ImageError(.incomplete, path, "its writer has ended") }
       done += length
@@ -115,7 +117,7 @@ final class BlockStore: @unchecked Sendable {
   ///
   /// - Returns: `false`, with nothing written, when the writer has ended.
   private func store(
-    _ buffer: StagingBuffer, count: Int, at firstBlock: Int, of geometry: RegionGeometry,
+    _ buffer: StagingBuffer, count: Int, at blocks: BlockNumbers, of geometry: RegionGeometry,
     region: Int
   ) throws(Errno) -> Bool {
     guard file != nil else { return false }
@@ -133,13 +135,13 @@ final class BlockStore: @unchecked Sendable {
     for index in 0..<count {
       // SAFETY: block `index` lies inside of the staging buffer, which is page aligned.
       let bytes = unsafe buffer.block(index)
-      let entry = unsafe entry(firstBlock + index, of: geometry)
+      let entry = unsafe entry(blocks[index], of: geometry)
       if unsafe isZeroBlock(bytes) {
         unsafe entry.pointee = 0
         continue
       }
       if let inherited = unsafe parentEntry(
-        region: region, block: firstBlock + index, equalTo: bytes, buffer)
+        region: region, block: blocks[index], equalTo: bytes, buffer)
       {
         unsafe entry.pointee = inherited
         continue
@@ -238,6 +240,46 @@ final class BlockStore: @unchecked Sendable {
       return try StagingBuffer(options)
     } catch {
       throw ImageError(.limitExceeded, path, "there is no memory to stage writes", errno: error)
+    }
+  }
+}
+
+/// The places of blocks that are written in one call.
+enum BlockNumbers {
+  /// One after the other.
+  case from(Int)
+  /// Anywhere.
+  case some([Int])
+
+  subscript(index: Int) -> Int {
+    switch self {
+    case .from(let first): first + index
+    case .some(let blocks): blocks[index]
+    }
+  }
+
+  /// Of the first block, for errors.
+  var first: Int {
+    switch self {
+    case .from(let first): first
+    case .some(let blocks): blocks.first ?? 0
+    }
+  }
+
+  /// Those of the blocks that are left when some were dealt with.
+  func dropFirst(_ count: Int) -> BlockNumbers {
+    switch self {
+    case .from(let first): .from(first + count)
+    case .some(let blocks): count == 0 ? self : .some(Array(blocks.dropFirst(count)))
+    }
+  }
+
+  /// Whether these are the places of `count` blocks of a region.
+  func fit(_ count: Int, in blockCount: Int) -> Bool {
+    switch self {
+    case .from(let first): first >= 0 && first <= blockCount && count <= blockCount - first
+    case .some(let blocks):
+      blocks.count == count && blocks.allSatisfy { $0 >= 0 && $0 < blockCount }
     }
   }
 }

@@ -87,7 +87,7 @@ public struct ImageWriter: ~Copyable, Sendable {
   public borrowing func write(
     region: Int, firstBlock: Int, bytes: UnsafeRawBufferPointer
   ) throws(ImageError) {
-    try unsafe store.write(region: region, firstBlock: firstBlock, bytes: bytes)
+    try unsafe store.write(region: region, blocks: .from(firstBlock), bytes: bytes)
   }
 
   // MARK: - End
@@ -128,6 +128,21 @@ public struct ImageBlockWriter: Sendable {
   public func write(
     region: Int, firstBlock: Int, bytes: UnsafeRawBufferPointer
   ) throws(ImageError) {
-    try unsafe store.write(region: region, firstBlock: firstBlock, bytes: bytes)
+    try unsafe store.write(region: region, blocks: .from(firstBlock), bytes: bytes)
+  }
+
+  /// Writes blocks that need not follow each other, such as those that changed since the
+  /// parent: together, so that they are compressed and written together.
+  ///
+  /// - Parameters:
+  ///   - region: number of the region.
+  ///   - blocks: numbers of 4 KiB blocks in the region, each once.
+  ///   - bytes: their content, in that order. Read during the call only.
+  /// - Throws: as `write(region:firstBlock:bytes:)`.
+  @unsafe
+  public func write(
+    region: Int, blocks: [Int], bytes: UnsafeRawBufferPointer
+  ) throws(ImageError) {
+    try unsafe store.write(region: region, blocks: .some(blocks), bytes: bytes)
   }
 }

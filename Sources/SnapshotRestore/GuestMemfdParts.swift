@@ -5,6 +5,7 @@ internal import KVM
 internal import LinuxSystem
 internal import MemoryImage
 internal import Pager
+internal import Snapshot
 internal import Synchronization
 internal import SystemPackage
 internal import TestGuest

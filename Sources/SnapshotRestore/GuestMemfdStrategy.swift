@@ -3,6 +3,7 @@
 internal import GuestMemory
 internal import KVM
 internal import LinuxSystem
+public import Snapshot
 internal import SystemPackage
 internal import TestGuest
 internal import Userfault

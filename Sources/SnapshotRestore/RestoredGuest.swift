@@ -4,6 +4,7 @@ public import GuestMemory
 internal import LinuxSystem
 public import MemoryImage
 public import Pager
+public import Snapshot
 public import SystemPackage
 public import TestGuest
 internal import Userfault
@@ -58,7 +59,7 @@ public final class RestoredGuest: Sendable {
   /// The guest, running.
   public let guest: TestGuest
   /// Its memory.
-  public let memory: GuestMemoryObject
+  public let memory: GuestMemoryHandle
   /// How the pages of a guest_memfd come; `nil` for other memory.
   public let guestMemfd: GuestMemfdStrategy?
   /// From the beginning of the restore to the guest's creation: CLOCK_MONOTONIC
@@ -77,7 +78,7 @@ public final class RestoredGuest: Sendable {
       throw SnapshotError(.image, error.description)
     }
     let kind = try Self.kind(of: image)
-    let states = image.states.filter { $0.type == GuestSnapshot.vcpuStateType }
+    let states = image.states.filter { $0.type == TestGuestSnapshots.vcpuStateType }
       .sorted { $0.instance < $1.instance }.map(\.bytes)
     guard let region = image.regions.first, image.regions.count == 1 else {
       throw SnapshotError(.image, "\(path) has \(image.regions.count) regions; a test guest has 1")
@@ -94,14 +95,15 @@ public final class RestoredGuest: Sendable {
         throw SnapshotError(.guest, "guest_memfd is for KVM guests; \(path) holds a process guest")
       }
       let made = try GuestMemfdParts(Self.strategy(options), length: region.length)
-      memory = try made.makeMemory(length: region.length)
+      memory = GuestMemoryHandle(try made.makeMemory(length: region.length))
       parts = made
     } else {
       parts = nil
-      memory = try Self.makeMemory(options.backing, region.length)
+      memory = GuestMemoryHandle(try Self.makeMemory(options.backing, region.length))
     }
     guestMemfd = parts?.strategy
-    session = try Self.makeSession(memory, image, options, parts?.strategy, vcpus: states.count)
+    session = try Self.makeSession(
+      memory.object, image, options, parts?.strategy, vcpus: states.count)
     let binding = try parts?.binding(session, vcpus: states.count)
     preparationNanoseconds = MonotonicClock.nanoseconds - startNanoseconds
     do throws(GuestError) {
@@ -141,7 +143,7 @@ public final class RestoredGuest: Sendable {
   }
 
   private static func kind(of image: MemoryImage) throws(SnapshotError) -> TestGuest.Kind {
-    switch image.metadata[GuestSnapshot.kindKey] {
+    switch image.metadata[TestGuestSnapshots.kindKey] {
     case "kvm":
       guard TestGuest.kvmIsAvailable() else {
         throw SnapshotError(

@@ -38,6 +38,7 @@ func validateGuest(memory: MemorySize, vcpus: Int) throws {
   guard (1...64).contains(vcpus) else { throw ValidationError("--vcpus must be 1 to 64") }
 }
 
+extension DirtyTrackingMethod: ExpressibleByArgument {}
 extension GuestMemfdStrategy: ExpressibleByArgument {}
 
 extension MemoryBacking: ExpressibleByArgument {

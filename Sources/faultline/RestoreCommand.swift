@@ -102,10 +102,18 @@ struct RestoreCommand: ParsableCommand {
     }
     if bounds.count == 2, bounds[0] < bounds[1] { options.pages = bounds[0]..<bounds[1] }
     let pageOrder: PageOrder = order == .random ? .random : .sequential
+    // A guest that was saved while it wrote goes on with that: what it had written decides
+    // what its pages must hold.
+    var dirtied: [DirtyRange] = []
+    if workload != .none, metadata["guest.workload"] == "dirty" {
+      restored.guest.stop()
+      dirtied = try restored.guest.wait().dirtied
+    }
     switch workload {
     case .none: break
     case .verify:
-      let result = try restored.guest.run(.verify(seed: seed, order: pageOrder), options)
+      let result = try restored.guest.run(
+        .verify(seed: seed, order: pageOrder, dirtied: dirtied), options)
       report.verifiedPages = result.pages
       report.wrongPages = result.wrongPages
       report.firstWrongPage = result.firstWrongPage

@@ -4,6 +4,7 @@ import Foundation
 import GuestMemory
 import KVM
 import LinuxSystem
+import Snapshot
 import SnapshotRestore
 import SystemPackage
 import Userfault

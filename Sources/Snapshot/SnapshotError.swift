@@ -4,7 +4,7 @@
 public struct SnapshotError: Error, Sendable, CustomStringConvertible {
   /// The kind of failure. A struct, so that kinds can be added.
   public struct Code: Hashable, Sendable {
-    private enum Kind { case image, guest, memory, pager }
+    private enum Kind { case image, guest, memory, pager, tracking }
     private let kind: Kind
     private init(_ kind: Kind) { self.kind = kind }
 
@@ -16,6 +16,8 @@ public struct SnapshotError: Error, Sendable, CustomStringConvertible {
     public static let memory = Self(.memory)
     /// userfaultfd or the pager refused.
     public static let pager = Self(.pager)
+    /// The guest's writes cannot be tracked, or not as they would have to be.
+    public static let tracking = Self(.tracking)
   }
 
   /// The kind of failure.
@@ -23,7 +25,8 @@ public struct SnapshotError: Error, Sendable, CustomStringConvertible {
   /// What failed, why, and what to do about it.
   public let description: String
 
-  init(_ code: Code, _ description: String) {
+  /// An error with its text.
+  public init(_ code: Code, _ description: String) {
     self.code = code
     self.description = description
   }

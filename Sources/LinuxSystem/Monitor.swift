@@ -4,14 +4,15 @@ internal import Glibc
 
 /// A value behind a lock, and a way to wait until it changes (pthread_cond_wait(3)).
 @safe
-final class Monitor<State>: @unchecked Sendable {
+public final class Monitor<State>: @unchecked Sendable {
   // SAFETY: `state` is only reached under the lock; lock and condition live at a stable
   // address from init to deinit.
   private var state: State
   private let lock: UnsafeMutablePointer<pthread_mutex_t>
   private let changed: UnsafeMutablePointer<pthread_cond_t>
 
-  init(_ state: sending State) {
+  /// A value, and nobody who waits.
+  public init(_ state: sending State) {
     self.state = state
     unsafe lock = .allocate(capacity: 1)
     unsafe changed = .allocate(capacity: 1)
@@ -31,7 +32,7 @@ final class Monitor<State>: @unchecked Sendable {
   }
 
   /// Looks at the state or changes it; waiters look again afterwards.
-  func withLock<Value, Failure: Error>(
+  public func withLock<Value, Failure: Error>(
     _ body: (inout State) throws(Failure) -> Value
   ) throws(Failure) -> Value {
     unsafe pthread_mutex_lock(lock)
@@ -45,7 +46,7 @@ final class Monitor<State>: @unchecked Sendable {
   /// Waits until `body` returns a value.
   ///
   /// - Parameter deadline: CLOCK_MONOTONIC nanoseconds after which `nil` comes back.
-  func wait<Value>(until deadline: UInt64, _ body: (inout State) -> Value?) -> Value? {
+  public func wait<Value>(until deadline: UInt64, _ body: (inout State) -> Value?) -> Value? {
     unsafe pthread_mutex_lock(lock)
     defer {
       unsafe pthread_cond_broadcast(changed)
@@ -60,7 +61,7 @@ final class Monitor<State>: @unchecked Sendable {
   }
 
   /// Waits until `body` returns a value.
-  func wait<Value>(_ body: (inout State) -> Value?) -> Value {
+  public func wait<Value>(_ body: (inout State) -> Value?) -> Value {
     unsafe pthread_mutex_lock(lock)
     defer {
       unsafe pthread_cond_broadcast(changed)
