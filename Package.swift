@@ -85,7 +85,8 @@ let package = Package(
     library(
       "BenchmarkSuite",
       [
-        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
+        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory",
+        "Userfault", "KVM",
         "LinuxSystem",
         "CMinimalHandler",
       ],
@@ -95,7 +96,8 @@ let package = Package(
     .executableTarget(
       name: "GuestMemfdLab",
       dependencies: [
-        "ModelCheck", "GuestMemoryModel", "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage",
+        "ModelCheck", "GuestMemoryModel", "SnapshotRestore", "Snapshot", "TestGuest", "Pager",
+        "MemoryImage",
         "GuestMemory", "KVM", "Userfault", "LinuxSystem", systemPackage,
       ],
       path: "Lab/GuestMemfdLab", swiftSettings: swiftSettings),
@@ -104,7 +106,8 @@ let package = Package(
     .executableTarget(
       name: "faultline",
       dependencies: [
-        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
+        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory",
+        "Userfault", "KVM",
         "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel", "ModelCheck", systemPackage,
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],
@@ -127,6 +130,12 @@ let package = Package(
     tests(
       "DirtyTrackingTests",
       ["TestGuest", "KVMDirtyTracking", "KVM", "GuestMemory", "Userfault", "LinuxSystem"]),
+    tests(
+      "SnapshotTests",
+      [
+        "Snapshot", "SnapshotRestore", "TestGuest", "KVM", "MemoryImage", "GuestMemory",
+        "LinuxSystem", "Userfault", "CTestSupport",
+      ]),
     tests("GuestMemoryModelTests", ["GuestMemoryModel"]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(

@@ -4,6 +4,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 
 enum { MAX_DESCRIPTORS = 16 };
 
@@ -105,4 +106,10 @@ long clinux_thread_create(pthread_t *out, const struct clinux_thread_start *star
   pthread_sigmask(SIG_SETMASK, &previous, NULL);
   if (failure) free(copy);
   return -failure;
+}
+
+long clinux_copy_own_memory(void *to, uintptr_t from, size_t length) {
+  struct iovec local = {.iov_base = to, .iov_len = length};
+  struct iovec remote = {.iov_base = (void *)from, .iov_len = length};
+  return clinux_result(process_vm_readv(getpid(), &local, 1, &remote, 1, 0));
 }

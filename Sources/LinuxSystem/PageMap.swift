@@ -14,8 +14,11 @@ public struct PageMap: ~Copyable, Sendable {
     descriptor = OwnedDescriptor(owning: CInt(try check(opened)))
   }
 
-  /// The parts of a range that are in memory or swapped out, in order. Everything else
-  /// of anonymous memory reads as zero.
+  /// The parts of a range that are in memory, swapped out or poisoned, in order. Everything
+  /// else of anonymous memory reads as zero.
+  ///
+  /// Absent pages that are write-protected by userfaultfd count as populated: their entry, a
+  /// marker (mm/swapops.h), cannot be told from that of a page that is just being migrated.
   ///
   /// `inappropriateIOCTLForDevice` before Linux 6.7.
   public borrowing func populatedRanges(in range: HostRange) throws(Errno) -> [HostRange] {

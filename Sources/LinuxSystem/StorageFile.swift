@@ -15,6 +15,16 @@ public struct FileStatus: Hashable, Sendable {
   public let isSymbolicLink: Bool
   /// Whether it is a directory.
   public let isDirectory: Bool
+  /// What tells the file from every other one, whatever its names.
+  public let identity: FileIdentity
+}
+
+/// The device and inode of a file (inode(7)).
+public struct FileIdentity: Hashable, Sendable {
+  /// The filesystem's device.
+  public let device: UInt64
+  /// The file's number in it.
+  public let inode: UInt64
 }
 
 // MARK: - Files on storage
@@ -62,7 +72,8 @@ extension OwnedDescriptor {
       return FileStatus(
         length: Int(status.st_size), allocatedBytes: Int(status.st_blocks) * 512,
         isRegular: kind == S_IFREG, isSymbolicLink: kind == S_IFLNK,
-        isDirectory: kind == S_IFDIR)
+        isDirectory: kind == S_IFDIR,
+        identity: FileIdentity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino)))
     }
   }
 

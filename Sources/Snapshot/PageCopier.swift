@@ -63,11 +63,11 @@ struct PageCopier: Sendable {
       let count = piece.reduce(0) { $0 + $1.count }
       if let preimages {
         try preimages.copy(piece, into: batch)
-        try write(batch)
-        batch.removeAll()
       } else {
-        try writePaused(piece, through: batch)
+        for run in piece { try batch.append(run, layout) }
       }
+      try write(batch)
+      batch.removeAll()
       let done = shared.done.wrappingAdd(count * 4096, ordering: .relaxed).newValue
       progress?(done, total)
     }
@@ -86,6 +86,7 @@ struct PageCopier: Sendable {
       try write(batch)
       pool.recycle(batch)
     }
+    if let page = pool.unreadable { throw layout.unreadable(page) }
   }
 
   private func write(_ batch: PageBatch) throws(SnapshotError) {
@@ -105,28 +106,18 @@ struct PageCopier: Sendable {
       first = end
     }
   }
+}
 
-  /// Pages in a row are written from where they are; others are collected first, so that they
-  /// are compressed and written together.
-  private func writePaused(
-    _ piece: [Range<Int>], through batch: PageBatch
-  ) throws(SnapshotError) {
-    guard piece.count == 1 else {
-      for page in piece.joined() { unsafe batch.append(page: page, from: layout.pointer(page)) }
-      try write(batch)
-      batch.removeAll()
-      return
-    }
-    let number = layout.region(of: piece[0].lowerBound)
-    do throws(ImageError) {
-      // SAFETY: the pages lie in one region, whose memory stays mapped.
-      try unsafe writer.write(
-        region: number, firstBlock: piece[0].lowerBound - layout.regions[number].firstPage,
-        bytes: UnsafeRawBufferPointer(
-          start: layout.pointer(piece[0].lowerBound), count: piece[0].count * 4096))
+extension PageBatch {
+  /// Adds copies of pages of one region.
+  func append(_ run: Range<Int>, _ layout: SnapshotLayout) throws(SnapshotError) {
+    let count: Int
+    do throws(Errno) {
+      count = try append(run, from: layout.address(of: run.lowerBound))
     } catch {
-      throw SnapshotError(.image, error.description)
+      throw SnapshotError(.memory, "The guest's memory cannot be copied: \(error)")
     }
+    guard count == run.count else { throw layout.unreadable(run.lowerBound + count) }
   }
 }
 

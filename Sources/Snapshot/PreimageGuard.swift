@@ -54,7 +54,7 @@ final class PreimageGuard: Sendable {
     guard isActive.load(ordering: .acquiring) else { return }
     isInHook.store(true, ordering: .sequentiallyConsistent)
     if taken.insert(pages.lowerBound) {
-      for page in pages { unsafe pool.add(page: page, from: layout.pointer(page)) }
+      for page in pages { pool.add(page: page, from: layout.address(of: page)) }
     }
     isInHook.store(false, ordering: .sequentiallyConsistent)
   }
@@ -68,18 +68,23 @@ final class PreimageGuard: Sendable {
     var ours: [Range<Int>] = []
     let unit = piece.first.map { layout.regions[layout.region(of: $0.lowerBound)].unit } ?? 1
     for run in piece {
-      var page = run.lowerBound
-      while page < run.upperBound {
-        let end = page + unit
-        for page in page..<end { unsafe batch.append(page: page, from: layout.pointer(page)) }
-        if !taken.insert(page) {
-          batch.removeLast(end - page)
-        } else if let last = ours.last, last.upperBound == page {
-          ours[ours.count - 1] = last.lowerBound..<end
-        } else {
-          ours.append(page..<end)
+      let start = batch.pages.count
+      try batch.append(run, layout)
+      var isLost = false
+      for page in stride(from: run.lowerBound, to: run.upperBound, by: unit) {
+        let pages = page..<page + unit
+        guard taken.insert(page) else {
+          isLost = true
+          continue
         }
-        page = end
+        if let last = ours.last, last.upperBound == page {
+          ours[ours.count - 1] = last.lowerBound..<pages.upperBound
+        } else {
+          ours.append(pages)
+        }
+      }
+      if isLost {
+        batch.keep(from: start) { page in ours.contains { $0.contains(page) } }
       }
     }
     guard let tracking = tracking.withLock({ $0 }) else { return }

@@ -26,17 +26,34 @@ final class PageBatch: @unchecked Sendable {
 
   var isFull: Bool { pages.count == Self.capacity }
 
-  /// Adds a copy of a page. Allocates nothing.
-  @unsafe func append(page: Int, from source: UnsafeRawPointer) {
-    precondition(pages.count < Self.capacity)
-    // SAFETY: there is room for one more page; the caller vouches for the source.
-    unsafe (room.pointer + pages.count * ImageLimits.blockSize).copyMemory(
-      from: source, byteCount: ImageLimits.blockSize)
-    pages.append(page)
+  /// Adds copies of pages that follow each other; they fit. Allocates nothing.
+  ///
+  /// - Returns: how many were added: less than asked for when the next one cannot be read.
+  func append(_ run: Range<Int>, from address: HostAddress) throws(Errno) -> Int {
+    precondition(run.count <= Self.capacity - pages.count)
+    // SAFETY: there is room for that many pages.
+    let room = unsafe UnsafeMutableRawBufferPointer(
+      start: room.pointer + pages.count * ImageLimits.blockSize,
+      count: run.count * ImageLimits.blockSize)
+    let count = try unsafe GuardedCopy.read(from: address, into: room) / ImageLimits.blockSize
+    for page in run.prefix(count) { pages.append(page) }
+    return count
   }
 
-  /// Takes the last pages away again.
-  func removeLast(_ count: Int) { pages.removeLast(count) }
+  /// Keeps those pages from a place on that a body wants.
+  func keep(from start: Int, _ isWanted: (Int) -> Bool) {
+    var kept = start
+    for index in start..<pages.count where isWanted(pages[index]) {
+      if kept < index {
+        // SAFETY: both are pages of the room.
+        unsafe (room.pointer + kept * ImageLimits.blockSize).copyMemory(
+          from: room.pointer + index * ImageLimits.blockSize, byteCount: ImageLimits.blockSize)
+        pages[kept] = pages[index]
+      }
+      kept += 1
+    }
+    pages.removeLast(pages.count - kept)
+  }
 
   func removeAll() { pages.removeAll(keepingCapacity: true) }
 
@@ -61,6 +78,8 @@ final class PreimagePool: Sendable {
     /// The batch that the tracker's thread fills; only it looks into it.
     var current: PageBatch?
     var hasFailed = false
+    /// The page that could not be copied.
+    var unreadable: Int?
     var stalls = 0
   }
 
@@ -75,6 +94,8 @@ final class PreimagePool: Sendable {
     state = Monitor(State(free: free, full: full))
   }
 
+  /// A page that could not be copied: then the snapshot is of no use.
+  var unreadable: Int? { state.withLock { $0.unreadable } }
   /// Pages that were copied.
   var pageCount: Int { count.load(ordering: .relaxed) }
   /// How often there was no room.
@@ -83,11 +104,13 @@ final class PreimagePool: Sendable {
   // MARK: - The tracker's thread
 
   /// Copies a page; waits for room. Only from one thread. Allocates nothing.
-  @unsafe func add(page: Int, from source: UnsafeRawPointer) {
+  func add(page: Int, from address: HostAddress) {
     guard let batch = batchWithRoom() else { return }
-    // SAFETY: the caller vouches for the page.
-    unsafe batch.append(page: page, from: source)
-    count.wrappingAdd(1, ordering: .relaxed)
+    if (try? batch.append(page..<page + 1, from: address)) == 1 {
+      count.wrappingAdd(1, ordering: .relaxed)
+    } else {
+      state.withLock { $0.unreadable = $0.unreadable ?? page }
+    }
   }
 
   private func batchWithRoom() -> PageBatch? {

@@ -44,13 +44,22 @@ struct SnapshotLayout: Sendable {
     return index
   }
 
-  /// The guest's page.
-  @unsafe func pointer(_ page: Int) -> UnsafeRawPointer {
+  /// Where this process has a page. Allocates nothing.
+  func address(of page: Int) -> HostAddress {
     let region = regions[region(of: page)]
-    let address =
-      UInt(region.region.host.start.rawValue) + UInt((page - region.firstPage) * 4096)
-    // SAFETY: the guest keeps its memory mapped, and no mapping begins at address 0.
-    return unsafe UnsafeRawPointer(bitPattern: address).unsafelyUnwrapped
+    return region.region.host.start.advanced(by: (page - region.firstPage) * 4096)
+  }
+
+  /// The error about a page that cannot be read.
+  func unreadable(_ page: Int) -> SnapshotError {
+    let region = regions[region(of: page)]
+    let offset = (page - region.firstPage) * 4096
+    let address = region.region.image.guestAddress.rawValue + UInt64(offset)
+    return SnapshotError(
+      .memory,
+      "The guest's page at 0x\(String(address, radix: 16)) (\"\(region.region.image.name)\" + "
+        + "0x\(String(offset, radix: 16))) cannot be read: it is poisoned, or its file was cut. "
+        + "An image would lack it")
   }
 
   /// All pages of the backing that have one of the pages.

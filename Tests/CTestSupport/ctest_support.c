@@ -2,11 +2,14 @@
 #define _GNU_SOURCE 1
 #include "CTestSupport.h"
 
+#include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -72,3 +75,10 @@ uintptr_t ctest_move_mapping(uintptr_t address, uintptr_t length) {
 }
 
 void ctest_unmap(uintptr_t address, uintptr_t length) { munmap((void *)address, length); }
+
+int ctest_mount_private_tmpfs(const char *path, const char *options) {
+  if (unshare(CLONE_NEWNS) != 0) return errno;
+  // Or the mount would show outside as well.
+  if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0) return errno;
+  return mount("none", path, "tmpfs", 0, options) == 0 ? 0 : errno;
+}

@@ -151,6 +151,9 @@ long clinux_send_descriptors(int fd, const void *bytes, size_t length, const int
 long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descriptors,
                                 size_t *count);
 
+/// Copies memory of this process by process_vm_readv(2); how many bytes it got.
+long clinux_copy_own_memory(void *to, uintptr_t from, size_t length);
+
 static inline uint64_t clinux_monotonic_nanoseconds(void) {
   struct timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);

@@ -20,4 +20,8 @@ uintptr_t ctest_move_mapping(uintptr_t address, uintptr_t length);
 /// munmap(2).
 void ctest_unmap(uintptr_t address, uintptr_t length);
 
+/// Puts an empty tmpfs on a directory, for the calling thread and those that it starts
+/// (unshare(2), CLONE_NEWNS); it is gone with the last of them. Returns 0 or the errno.
+int ctest_mount_private_tmpfs(const char *path, const char *options);
+
 #endif
