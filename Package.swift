@@ -88,7 +88,7 @@ let package = Package(
         "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory",
         "Userfault", "KVM",
         "LinuxSystem",
-        "CMinimalHandler",
+        "CMinimalHandler", "CZstd",
       ],
       path: "Benchmarks/BenchmarkSuite"),
 

@@ -12,17 +12,31 @@ public struct BenchmarkResult: Encodable, Sendable {
   public let peer: Double?
   /// ours/peer.
   public let ratio: Double?
-  /// The promise: a comparison with the ratio, or where there is no peer with `ours`.
-  public let goal: String
-  /// Whether the promise was kept in this run.
-  public let met: Bool
+  /// The promise: a comparison with the ratio, or where there is no peer with `ours`; `nil`
+  /// for a figure that is only reported.
+  public let goal: String?
+  /// Whether the promise was kept in this run; `nil` where there is none.
+  public let met: Bool?
   /// Rounds that were measured.
   public let rounds: Int
   /// The spread of our rounds, (max − min) / median.
   public let spread: Double
 
+  /// What a figure is held against: the ratio to the peer, or where there is none our median.
+  enum Limit {
+    case atMost(Double)
+    case atLeast(Double)
+    /// Nothing: it is reported.
+    case none
+  }
+
   /// Compares medians; the goal is at most `limit` times the peer, or at most `limit`.
   init(name: String, unit: String, ours: [Double], peer: [Double]?, limit: Double) {
+    self.init(name: name, unit: unit, ours: ours, peer: peer, .atMost(limit))
+  }
+
+  /// Compares medians with a limit.
+  init(name: String, unit: String, ours: [Double], peer: [Double]? = nil, _ limit: Limit) {
     let middle = median(ours)
     let peerMiddle = peer.map(median)
     let ratio = peerMiddle.map { middle / $0 }
@@ -31,8 +45,18 @@ public struct BenchmarkResult: Encodable, Sendable {
     self.ours = middle
     self.peer = peerMiddle
     self.ratio = ratio
-    goal = "<=\(shortest(limit))" + (peer == nil ? " \(unit)" : "")
-    met = (ratio ?? middle) <= limit
+    let unitOfGoal = peer == nil ? " \(unit)" : ""
+    switch limit {
+    case .atMost(let limit):
+      goal = "<=\(shortest(limit))" + unitOfGoal
+      met = (ratio ?? middle) <= limit
+    case .atLeast(let limit):
+      goal = ">=\(shortest(limit))" + unitOfGoal
+      met = (ratio ?? middle) >= limit
+    case .none:
+      goal = nil
+      met = nil
+    }
     rounds = ours.count
     spread = ((ours.max() ?? 0) - (ours.min() ?? 0)) / max(middle, .leastNonzeroMagnitude)
   }
@@ -59,15 +83,15 @@ public struct BenchmarkResult: Encodable, Sendable {
 
   /// The heading over `line`.
   public static let heading =
-    pad("benchmark", 38) + pad("ours", 14) + pad("peer", 14) + pad("ratio", 8) + pad("goal", 10)
+    pad("benchmark", 38) + pad("ours", 14) + pad("peer", 14) + pad("ratio", 8) + pad("goal", 12)
     + pad("spread", 8) + "met"
 
   /// One aligned line.
   public var line: String {
     pad(name, 38) + pad("\(rounded(ours)) \(unit)", 14)
       + pad(peer.map { "\(rounded($0)) \(unit)" } ?? "-", 14)
-      + pad(ratio.map { rounded($0) } ?? "-", 8) + pad(goal, 10)
-      + pad("±\(Int(spread * 50)) %", 8) + (met ? "yes" : "NO")
+      + pad(ratio.map { rounded($0) } ?? "-", 8) + pad(goal ?? "-", 12)
+      + pad("±\(Int(spread * 50)) %", 8) + (met.map { $0 ? "yes" : "NO" } ?? "-")
   }
 }
 
