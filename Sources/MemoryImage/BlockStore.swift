@@ -36,7 +36,7 @@ final class BlockStore: @unchecked Sendable {
   let chunkCount = Atomic<Int>(0)
   let dataLength = Atomic<Int>(0)
 
-  private let known = KnownBlocks()
+  private let known: KnownBlocks
   /// Buffers that no thread uses now. The lock is held to take one or to put it back.
   private let buffers = Mutex<[StagingBuffer]>([])
 
@@ -52,6 +52,7 @@ final class BlockStore: @unchecked Sendable {
       index = try Mapping(anonymous: layout.indexPageCount * ImageLimits.blockSize)
       table = try Mapping(anonymous: (layout.chunkCapacity * 16 + 4095) & ~4095)
       digests = try Mapping(anonymous: (layout.chunkCapacity * 32 + 4095) & ~4095)
+      known = try KnownBlocks(blocks: layout.geometries.reduce(0) { $0 + $1.blockCount })
     } catch {
       throw ImageError(
         .limitExceeded, path, "there is no address space for its index", errno: error)
@@ -155,14 +156,14 @@ final class BlockStore: @unchecked Sendable {
       let same = unsafe known.number(of: bytes, orEnter: number)
       unsafe entry.pointee = same + 1
       if same != number { continue }
-      unsafe buffer.append(bytes)
+      buffer.append(index)
       filled += 1
       if filled == options.blocksPerChunk {
-        try close(chunk, blocks: filled, buffer)
+        close(chunk, buffer)
         chunk = -1
       }
     }
-    if chunk >= 0, filled > 0 { try close(chunk, blocks: filled, buffer) }
+    if chunk >= 0, filled > 0 { close(chunk, buffer) }
     try writeOut(buffer)
     return true
   }
@@ -174,14 +175,12 @@ final class BlockStore: @unchecked Sendable {
   }
 
   /// Encodes a chunk that the buffer has collected into its output.
-  private func close(_ chunk: Int, blocks: Int, _ buffer: StagingBuffer) throws(Errno) {
-    let length = blocks * ImageLimits.blockSize
-    // SAFETY: the buffer has collected that many bytes.
-    let checksum = unsafe Checksum.of(
-      buffer.collected, length: length, seed: layout.seed(ofChunk: chunk))
+  private func close(_ chunk: Int, _ buffer: StagingBuffer) {
+    let content = unsafe buffer.collected()
+    let checksum = unsafe Checksum.of(content, seed: layout.seed(ofChunk: chunk))
     // SAFETY: `takeChunks` keeps numbers below the capacity.
     let stored = unsafe buffer.encode(
-      length: length, chunk: chunk, digest: digests.pointer + chunk * ContentID.length)
+      content, chunk: chunk, digest: digests.pointer + chunk * ContentID.length)
     let entry = unsafe tableEntry(chunk)
     unsafe entry[0] = UInt64(stored)
     unsafe entry[1] = checksum

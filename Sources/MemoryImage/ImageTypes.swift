@@ -85,8 +85,8 @@ public struct ImageOptions: Sendable, Hashable {
   /// that takes longer to read. 1 where blocks are stored as they are.
   public var blocksPerChunk: Int
 
-  /// Options; the defaults compress fast, 16 KiB at a time.
-  public init(encoding: ImageEncoding = .zstd(level: 1), blocksPerChunk: Int = 4) {
+  /// Options; the defaults compress fast, 32 KiB at a time.
+  public init(encoding: ImageEncoding = .zstd(level: 1), blocksPerChunk: Int = 8) {
     self.encoding = encoding
     self.blocksPerChunk = encoding == .stored ? 1 : blocksPerChunk
   }

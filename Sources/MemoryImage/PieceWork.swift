@@ -2,7 +2,7 @@
 
 internal import LinuxSystem
 internal import Synchronization
-internal import SystemPackage
+public import SystemPackage
 
 /// Work in numbered pieces, done by several threads, each taking the next one.
 public struct PieceWork: Sendable {
@@ -54,6 +54,46 @@ public struct PieceWork: Sendable {
     loop()
     for helper in helpers { helper.join() }
     if let failure = shared.failure.withLock({ $0 }) { throw failure }
+  }
+
+  /// The same, with a buffer for each thread: pages that are touched for the first time cost
+  /// as much as compressing some of them.
+  ///
+  /// - Parameters:
+  ///   - bufferLength: bytes, a multiple of 4 KiB. Zeros at first, then what the last piece
+  ///     left.
+  ///   - noMemory: the error when a buffer cannot be had.
+  @unsafe public func run<Failure: Error>(
+    name: String, bufferLength: Int, noMemory: @escaping @Sendable (Errno) -> Failure,
+    _ body:
+      @escaping @Sendable (
+        _ piece: Int, _ buffer: UnsafeMutableRawBufferPointer
+      ) throws(Failure) -> Void
+  ) throws(Failure) {
+    let buffers = Mutex<[WorkBuffer]>([])
+    try run(name: name) { (piece) throws(Failure) in
+      let buffer: WorkBuffer
+      if let free = buffers.withLock({ $0.popLast() }) {
+        buffer = free
+      } else {
+        do throws(Errno) {
+          buffer = try WorkBuffer(bufferLength)
+        } catch {
+          throw noMemory(error)
+        }
+      }
+      defer { buffers.withLock { $0.append(buffer) } }
+      // SAFETY: this thread alone has taken the buffer, which lives until it is back.
+      try unsafe body(
+        piece,
+        UnsafeMutableRawBufferPointer(start: buffer.mapping.pointer, count: bufferLength))
+    }
+  }
+
+  /// Memory behind a shared reference.
+  private final class WorkBuffer: Sendable {
+    let mapping: Mapping
+    init(_ length: Int) throws(Errno) { mapping = try Mapping(anonymous: length) }
   }
 
   /// A thread behind a shared reference.

@@ -42,25 +42,30 @@ public enum RawImport {
     let blocks = writer.blocks
     let length = PieceWork.pieceLength
     let counter = ByteProgress(total: file.length, progress)
-    try PieceWork(pieces: (file.length + length - 1) / length, threads: threads).run(
-      name: "import"
-    ) { (piece) throws(ImageError) in
+    try unsafe PieceWork(pieces: (file.length + length - 1) / length, threads: threads).run(
+      name: "import", bufferLength: length,
+      noMemory: {
+        ImageError(.limitExceeded, source, "there is no memory to read it", errno: $0)
+      }
+    ) { (piece, buffer) throws(ImageError) in
       let start = piece * length
       let end = min(start + length, file.length)
-      try copy(file, start..<end, from: source, to: blocks, writesZeros: parent != nil)
+      try unsafe copy(
+        file, start..<end, through: buffer, from: source, to: blocks, writesZeros: parent != nil)
       counter.add(end - start)
     }
     try writer.finish()
   }
 
-  private static func copy(
-    _ file: SourceFile, _ range: Range<Int>, from source: FilePath, to blocks: ImageBlockWriter,
+  @unsafe private static func copy(
+    _ file: SourceFile, _ range: Range<Int>, through buffer: UnsafeMutableRawBufferPointer,
+    from source: FilePath, to blocks: ImageBlockWriter,
     writesZeros: Bool
   ) throws(ImageError) {
     do {
-      let buffer = try Mapping(anonymous: range.count)
-      // SAFETY: the buffer is as long as the range.
-      let bytes = unsafe UnsafeMutableRawBufferPointer(start: buffer.pointer, count: range.count)
+      // SAFETY: the buffer is no shorter than the range.
+      let bytes = unsafe UnsafeMutableRawBufferPointer(rebasing: buffer[..<range.count])
+      unsafe bytes.initializeMemory(as: UInt8.self, repeating: 0)
       let hasData = try unsafe file.read(range, into: bytes)
       // A hole clears what a parent has.
       guard hasData || writesZeros else { return }

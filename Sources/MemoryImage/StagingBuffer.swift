@@ -18,7 +18,8 @@ final class StagingBuffer: @unchecked Sendable {
   private let compressor: ZstdCompressor?
   private let hasher: SHA256Hasher
   private let chunkRoom: Int
-  private var chunkLength = 0
+  /// The staged blocks of the chunk that is being collected.
+  private var chunkBlocks: [Int] = []
   private var encodedLength = 0
   /// The chunks in the output, in their order.
   private(set) var chunks: [Int] = []
@@ -54,30 +55,39 @@ final class StagingBuffer: @unchecked Sendable {
 
   /// Empties the output.
   func beginOutput() {
-    (chunkLength, encodedLength) = (0, 0)
+    encodedLength = 0
+    chunkBlocks.removeAll(keepingCapacity: true)
     chunks.removeAll(keepingCapacity: true)
   }
 
-  /// Adds a block to the chunk that is being collected.
-  @unsafe func append(_ block: UnsafeRawPointer) {
-    precondition(chunkLength < chunkRoom)
-    // SAFETY: there is room, and `block` is one.
-    unsafe (chunk.pointer + chunkLength).copyMemory(
-      from: block, byteCount: ImageLimits.blockSize)
-    chunkLength += ImageLimits.blockSize
+  /// Adds a staged block to the chunk that is being collected.
+  func append(_ index: Int) { chunkBlocks.append(index) }
+
+  /// The chunk that is being collected: most often as it is staged, for its blocks follow each
+  /// other.
+  @unsafe func collected() -> UnsafeRawBufferPointer {
+    let count = chunkBlocks.count * ImageLimits.blockSize
+    precondition(count > 0 && count <= chunkRoom)
+    if chunkBlocks[chunkBlocks.count - 1] - chunkBlocks[0] == chunkBlocks.count - 1 {
+      // SAFETY: blocks of the staging buffer, in a row.
+      return unsafe UnsafeRawBufferPointer(start: block(chunkBlocks[0]), count: count)
+    }
+    for (place, index) in chunkBlocks.enumerated() {
+      // SAFETY: a chunk has room for its blocks.
+      unsafe (chunk.pointer + place * ImageLimits.blockSize).copyMemory(
+        from: block(index), byteCount: ImageLimits.blockSize)
+    }
+    return unsafe UnsafeRawBufferPointer(start: chunk.pointer, count: count)
   }
 
-  /// The chunk that is being collected.
-  @unsafe var collected: UnsafeRawPointer { unsafe UnsafeRawPointer(chunk.pointer) }
-
-  /// Adds the collected chunk to the output, compressed where that makes it shorter; the
-  /// bytes that it takes there. Their SHA-256 goes to `digest`.
+  /// Adds the content of the collected chunk to the output, compressed where that makes it
+  /// shorter; the bytes that it takes there. Their SHA-256 goes to `digest`.
   @unsafe func encode(
-    length: Int, chunk number: Int, digest: UnsafeMutableRawPointer
+    _ content: UnsafeRawBufferPointer, chunk number: Int, digest: UnsafeMutableRawPointer
   ) -> Int {
+    let length = content.count
     precondition(encodedLength + length <= encoded.length)
-    // SAFETY: chunk and output are mappings of this object, and the lengths were checked.
-    let content = unsafe UnsafeRawBufferPointer(start: chunk.pointer, count: length)
+    // SAFETY: the output is a mapping of this object, and the length was checked.
     let room = unsafe UnsafeMutableRawBufferPointer(
       start: encoded.pointer + encodedLength, count: length)
     var stored = length
@@ -92,7 +102,7 @@ final class StagingBuffer: @unchecked Sendable {
     unsafe hasher.add(UnsafeRawBufferPointer(rebasing: room[..<stored]))
     unsafe hasher.finish(into: digest)
     encodedLength += stored
-    chunkLength = 0
+    chunkBlocks.removeAll(keepingCapacity: true)
     chunks.append(number)
     return stored
   }

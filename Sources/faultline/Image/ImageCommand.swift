@@ -39,7 +39,7 @@ struct ImageWriteOptions: ParsableArguments {
     help: ArgumentHelp(
       "KiB that are compressed together, 4 to 64: more make a smaller image and slower faults.",
       valueName: "KiB"))
-  var chunk = 16
+  var chunk = 32
 
   func validate() throws {
     guard (0...19).contains(level) else { throw ValidationError("--level must be 0 to 19") }

@@ -105,8 +105,8 @@ struct SnapshotCommand: ParsableCommand {
     let snapshotter = try subject.makeSnapshotter()
     for number in 0...increments {
       if number > 0 || filled.writing != nil { Thread.sleep(forTimeInterval: every) }
-      let result = try subject.take(number, with: snapshotter)
-      if json { try Terminal.printJSON(result) } else { result.show(number, filled) }
+      let result = try subject.take(number, of: filled, with: snapshotter)
+      if json { try Terminal.printJSON(result) } else { result.show(number) }
     }
     if hold { waitForReader() }
   }

@@ -7,6 +7,7 @@ struct SnapshotResult: Encodable {
   let image: String
   let guest: String
   let memoryBytes: Int
+  let filled: SnapshotSubject.Filled
   let isLive: Bool
   let isIncremental: Bool
   /// How writes were found; `nil` when nothing was tracked.
@@ -18,7 +19,8 @@ struct SnapshotResult: Encodable {
   let pagesPerSecondDuring: Double?
 
   private enum Key: String, CodingKey {
-    case image, guest, memoryBytes, live, incremental, tracking, imageBytes, snapshotNanoseconds
+    case image, guest, memoryBytes, filledPages, fillNanoseconds, live, incremental, tracking,
+      imageBytes, snapshotNanoseconds
     case pauseNanoseconds, stoppingNanoseconds, savingStateNanoseconds, trackingNanoseconds
     case copyingNanoseconds, resumingNanoseconds, armingNanoseconds, pages, pagesCopiedFirst
     case stalls, pagesPerSecondBefore, pagesPerSecondDuring
@@ -29,6 +31,8 @@ struct SnapshotResult: Encodable {
     try values.encode(image, forKey: .image)
     try values.encode(guest, forKey: .guest)
     try values.encode(memoryBytes, forKey: .memoryBytes)
+    try values.encode(filled.pages, forKey: .filledPages)
+    try values.encode(filled.nanoseconds, forKey: .fillNanoseconds)
     try values.encode(isLive, forKey: .live)
     try values.encode(isIncremental, forKey: .incremental)
     try values.encode(tracking, forKey: .tracking)
@@ -50,7 +54,7 @@ struct SnapshotResult: Encodable {
 
   // MARK: - For people
 
-  func show(_ number: Int, _ filled: SnapshotSubject.Filled) {
+  func show(_ number: Int) {
     if number == 0 {
       print(
         "\(Terminal.size(memoryBytes)) \(guest == "kvm" ? "KVM" : "process") guest, "

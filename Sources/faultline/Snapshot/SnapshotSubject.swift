@@ -80,7 +80,9 @@ final class SnapshotSubject {
 
   // MARK: - One image
 
-  func take(_ number: Int, with snapshotter: Snapshotter) throws -> SnapshotResult {
+  func take(
+    _ number: Int, of filled: Filled, with snapshotter: Snapshotter
+  ) throws -> SnapshotResult {
     let path = Self.path(command.output, number)
     var options = SnapshotOptions(
       number == 0 ? .full : .incremental,
@@ -102,7 +104,7 @@ final class SnapshotSubject {
     progress.finish()
     return SnapshotResult(
       image: path, guest: guest.kind == .kvm ? "kvm" : "process",
-      memoryBytes: memory.range.length, isLive: command.live,
+      memoryBytes: memory.range.length, filled: filled, isLive: command.live,
       isIncremental: options.extent == .incremental, tracking: snapshotter.trackingMethod?.rawValue,
       imageBytes: try Self.size(of: path), report: report, pagesPerSecondBefore: before,
       pagesPerSecondDuring: before == nil ? nil : during)
