@@ -133,9 +133,10 @@ final class ChunkDecodePeer: @unchecked Sendable {
     // SAFETY: each chunk lies in the file, and each frame in the mapping, whose rest is the
     // room that libzstd is given.
     unsafe raw.withUnsafeBytes { bytes in
+      guard let content = bytes.baseAddress else { return }
       for start in stride(from: 0, to: bytes.count, by: Self.chunk) {
         let size = unsafe ZSTD_compressCCtx(
-          context, target + offset, room - offset, bytes.baseAddress! + start,
+          context, target + offset, room - offset, content + start,
           Self.chunk, 1)
         places.append((offset, size))
         offset += size

@@ -31,7 +31,9 @@ struct BenchCommand: ParsableCommand {
   var json = false
 
   func validate() throws {
-    guard (1...1000).contains(rounds ?? 1) else { throw ValidationError("--rounds must be 1 to 1000") }
+    guard (1...1000).contains(rounds ?? 1) else {
+      throw ValidationError("--rounds must be 1 to 1000")
+    }
   }
 
   func run() throws {

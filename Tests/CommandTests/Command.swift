@@ -30,6 +30,11 @@ struct Outcome: Sendable {
     return try JSONDecoder().decode(type, from: Data(output.utf8))
   }
 
+  /// Standard output as one object in each line.
+  func jsonLines<Value: Decodable>(_ type: Value.Type = Value.self) throws -> [Value] {
+    try lines.map { try JSONDecoder().decode(type, from: Data($0.utf8)) }
+  }
+
   /// Expects a failure that says why: this exit status, nothing on standard output, and a
   /// message on standard error with these words.
   func expectFailure(
