@@ -72,11 +72,15 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
   /// Short sleeps until the window opens again, and how many the next failure costs.
   private var pollCooldown = 0
   private var pollPenalty = 1
+  private var streams = AccessStreams()
+  /// What is to be filled ahead of the guest when no fault waits.
+  private var ahead: (region: Int, pages: Range<Int>) = (0, 0..<0)
 
   init(session: PagerSession<Source>, index: Int) throws(Errno) {
     let waiter = try FaultWaiter(session)
     let largest = session.regions.map(\.pageSize.bytes).max() ?? 4096
-    staging = try StagingBuffer(length: largest)
+    staging = try StagingBuffer(
+      length: max(largest, PagerSession<Source>.pieceLength))
     self.waiter = waiter
     self.session = session
     slot = session.counters[index]
@@ -87,6 +91,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
 
   mutating func run() {
     while !session.isStopping {
+      if fillAhead() { continue }
       if busyPoll() {
         serve()
         continue
@@ -153,7 +158,10 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
   private mutating func serve() {
     var fruitless = 0
     while let entry = queue.popFirst() {
-      switch session.resolve(entry.fault, staging: staging, counters: slot.counters) {
+      let window = window(for: entry.fault)
+      switch session.resolve(
+        entry.fault, window: window, staging: staging, counters: slot.counters)
+      {
       case .resolved:
         slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- entry.received)
         fruitless = 0
@@ -173,6 +181,41 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
         return
       }
     }
+  }
+
+  // MARK: - Ahead of the guest
+
+  /// How many pages from the one of a fault on to bring now. The rest of what the guest will
+  /// probably touch next is filled when no fault waits.
+  private mutating func window(for fault: PageFault) -> Int {
+    let maximum = session.options.faultAround.maximum
+    guard maximum > 0, let (number, region) = session.numberedRegion(at: fault.address) else {
+      return 1
+    }
+    let size = region.pageSize.bytes
+    let page = region.page(of: fault.address)
+    let window = streams.window(
+      at: Int(truncatingIfNeeded: fault.address.rawValue) / size,
+      limit: max(1, maximum / size), slack: 4 + session.source.readAhead / size)
+    if window > 1 {
+      // What comes with the fault itself is passed over then.
+      ahead = (number, (page + 1..<page + window).clamped(to: 0..<region.pageCount))
+    }
+    return min(window, max(1, PagerSession<Source>.pieceLength / size))
+  }
+
+  /// Fills a piece ahead of the guest, if there is something to fill; faults go first.
+  private mutating func fillAhead() -> Bool {
+    guard !ahead.pages.isEmpty else { return false }
+    received = readEvents()
+    guard queue.count == 0 else {
+      serve()
+      return true
+    }
+    let reached = session.fillAhead(
+      ahead.pages, session.regions[ahead.region], staging, slot.counters)
+    ahead.pages = min(reached, ahead.pages.upperBound)..<ahead.pages.upperBound
+    return true
   }
 
   /// Reads one batch. Events other than faults take effect before the gate opens, so

@@ -8,7 +8,13 @@ public struct ImageSource: PageSource {
   public let image: MemoryImage
 
   /// A source over an open image; the image's region numbers are the source's.
-  public init(_ image: MemoryImage) { self.image = image }
+  public init(_ image: MemoryImage) {
+    self.image = image
+    readAhead = image.isCompressed ? image.chunkBytes : 0
+  }
+
+  /// A chunk, when it is compressed.
+  public let readAhead: Int
 
   /// Reads and verifies; see `MemoryImage.read`. Damage throws and names the block.
   @unsafe public func read(

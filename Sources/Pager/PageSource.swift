@@ -31,6 +31,14 @@ public protocol PageSource: Sendable {
   @unsafe func read(
     region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
   ) throws(PageSourceError) -> SourceRun
+
+  /// Bytes that one read brings for the cost of a page, such as those of a compressed chunk.
+  var readAhead: Int { get }
+}
+
+extension PageSource {
+  /// None.
+  public var readAhead: Int { 0 }
 }
 
 /// Why a source has no right content for a page.

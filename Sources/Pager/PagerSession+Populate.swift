@@ -9,9 +9,6 @@ internal import Userfault
 // Filling ahead of the guest, or behind it: in bulk, through the same states and the
 // same gate as the faults, which therefore go on meanwhile.
 extension PagerSession {
-  /// One step of bulk filling. Larger pieces cost less for each page (1.0 µs in 1 MiB,
-  /// 1.1 µs in 64 KiB) but hold up the reading of events.
-  private static var pieceLength: Int { 256 << 10 }
   /// What a thread takes at a time.
   private static var chunkLength: Int { 4 << 20 }
 
@@ -91,25 +88,17 @@ extension PagerSession {
     _ region: PagedRegion, _ first: Int, _ claimed: Int, _ staging: borrowing StagingBuffer,
     _ counters: borrowing WorkerCounters
   ) -> Int {
-    let size = region.pageSize.bytes
-    do {
-      // SAFETY: the staging buffer holds a whole piece, and at most a piece is claimed.
-      let run = try unsafe source.read(
-        region: region.sourceRegion, offset: region.sourceOffset + first * size,
-        length: claimed * size, into: staging.pointer)
-      // A run that ends inside a page (hugetlbfs) is put together page by page.
-      if run.length >= size {
-        let count = run.length / size
-        if run.isZero {
-          giveBack(region, first..<(first + count))
-          return count
-        }
-        let installed = installRun(region, first, count, staging, counters)
-        counters.populatedPages.add(UInt64(installed))
-        if installed > 0 { return installed }
+    // A damaged page, and a run that ends inside a page (hugetlbfs), go page by page.
+    if let run = try? fetchRun(first, limit: claimed, region, staging, insists: true),
+      run.count > 0
+    {
+      if run.isZero {
+        giveBack(region, first..<(first + run.count))
+        return run.count
       }
-    } catch {
-      // One of the pages is damaged; page by page finds out which.
+      let installed = installRun(first, run, region, staging, counters)
+      counters.populatedPages.add(UInt64(installed))
+      if installed > 0 { return installed }
     }
     var outcome = fetchAndInstall(first, region, staging, counters)
     while case .retry = outcome {
@@ -121,36 +110,6 @@ extension PagerSession {
     }
     if region.states.load(first) == .present { counters.populatedPages.add() }
     return 1
-  }
-
-  /// Installs pages that the staging buffer holds; returns how many, 0 when the first
-  /// of them needs the way of a single page.
-  private func installRun(
-    _ region: PagedRegion, _ first: Int, _ count: Int, _ staging: borrowing StagingBuffer,
-    _ counters: borrowing WorkerCounters
-  ) -> Int {
-    gate.read {
-      var length = 0
-      while length < count, region.states.load(first + length) == .filling { length += 1 }
-      guard length > 0 else { return 0 }
-      let range = region.range(of: first, count: length)
-      // SAFETY: the staging buffer holds at least `length` pages from `first` on.
-      let resolution = unsafe fillRange(from: staging.pointer, range, first, region)
-      let done = resolution.bytesDone / region.pageSize.bytes
-      region.states.fill(first..<(first + done), with: .present)
-      switch region.mode {
-      case .missing: counters.copiedPages.add(UInt64(done))
-      case .minor: counters.continuedPages.add(UInt64(done))
-      }
-      return done
-    }
-  }
-
-  /// Claims that were not used: the pages are absent again, and whoever faulted on them
-  /// meanwhile faults anew.
-  private func giveBack(_ region: PagedRegion, _ pages: Range<Int>) {
-    for page in pages { _ = region.states.exchange(page, from: .filling, to: .absent) }
-    try? userfaultfd.wake(region.range(of: pages.lowerBound, count: pages.count))
   }
 }
 

@@ -31,8 +31,11 @@ enum PageFill {
 // session's own gate.
 extension PagerSession {
   /// Resolves one fault.
+  ///
+  /// - Parameter window: pages from that one on that the guest will probably touch next.
   func resolve(
-    _ fault: PageFault, staging: borrowing StagingBuffer, counters: borrowing WorkerCounters
+    _ fault: PageFault, window: Int = 1, staging: borrowing StagingBuffer,
+    counters: borrowing WorkerCounters
   ) -> FaultOutcome {
     guard let region = region(at: fault.address) else {
       return refuse(fault, counters)
@@ -42,7 +45,7 @@ extension PagerSession {
       switch region.states.load(page) {
       case .absent:
         guard region.states.claim(from: page, limit: 1) == 1 else { continue }
-        return fetchAndInstall(page, region, staging, counters)
+        return fetchAndInstall(page, window: window, region, staging, counters)
       case .filling:
         counters.coalescedFaults.add()
         return .resolved

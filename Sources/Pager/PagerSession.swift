@@ -17,6 +17,8 @@ public struct PagerOptions: Sendable {
   /// With one fault thread: how long it looks for the next fault before it sleeps, in
   /// nanoseconds, while faults come that fast. 0 switches it off.
   public var busyPollNanoseconds: UInt64 = 100_000
+  /// How many neighbours a fault brings along.
+  public var faultAround = FaultAround.adaptive
   /// Called from a thread of the session when a page has no right content. It must not
   /// touch the memory that is served.
   public var onFailure: (@Sendable (PageFailure) -> Void)?
@@ -301,14 +303,17 @@ public final class PagerSession<Source: PageSource>: Sendable {
     return region.range(of: region.page(of: fault.address))
   }
 
+  /// The region that holds an address.
+  func region(at address: HostAddress) -> PagedRegion? { numberedRegion(at: address)?.region }
+
   /// The region that holds an address: binary search, for a VMM can have hundreds.
-  func region(at address: HostAddress) -> PagedRegion? {
+  func numberedRegion(at address: HostAddress) -> (number: Int, region: PagedRegion)? {
     var (low, high) = (0, regions.count)
     while low < high {
       let middle = (low + high) / 2
       if regions[middle].host.end <= address { low = middle + 1 } else { high = middle }
     }
     guard low < regions.count, regions[low].host.contains(address) else { return nil }
-    return regions[low]
+    return (low, regions[low])
   }
 }

@@ -30,6 +30,8 @@ public struct PagerStatistics: Sendable {
   public var unmapEvents: UInt64 = 0
   /// Pages without right content.
   public var failedPages: UInt64 = 0
+  /// Pages that came along with a fault on another one, or ahead of the guest.
+  public var broughtAlong: UInt64 = 0
   /// Pages filled by `populate`, ahead of or behind the faults.
   public var populatedPages: UInt64 = 0
   /// From reading a fault to having resolved it.
@@ -55,6 +57,7 @@ struct WorkerCounters: ~Copyable, Sendable {
   let unmapEvents = Atomic<UInt64>(0)
   let failedPages = Atomic<UInt64>(0)
   let populatedPages = Atomic<UInt64>(0)
+  let broughtAlong = Atomic<UInt64>(0)
   let serviceTime = AtomicHistogram()
 
   borrowing func add(to total: inout PagerStatistics) {
@@ -71,6 +74,7 @@ struct WorkerCounters: ~Copyable, Sendable {
     total.removeEvents += removeEvents.load(ordering: .relaxed)
     total.unmapEvents += unmapEvents.load(ordering: .relaxed)
     total.failedPages += failedPages.load(ordering: .relaxed)
+    total.broughtAlong += broughtAlong.load(ordering: .relaxed)
     total.populatedPages += populatedPages.load(ordering: .relaxed)
     serviceTime.add(to: &total.serviceTime)
   }

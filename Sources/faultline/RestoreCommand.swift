@@ -45,6 +45,11 @@ struct RestoreCommand: ParsableCommand {
   var order: Order = .sequential
   @Option(help: "Threads that serve faults, 1 to 64. One is best for one vCPU.")
   var faultThreads = 1
+  @Option(
+    help: ArgumentHelp(
+      "How much a fault brings along where the guest goes upwards, 0 for nothing.",
+      valueName: "size"))
+  var faultAround = "1M"
   @Flag(help: "Print one JSON object.")
   var json = false
 
@@ -52,9 +57,16 @@ struct RestoreCommand: ParsableCommand {
     guard (1...64).contains(faultThreads) else {
       throw ValidationError("--fault-threads must be 1 to 64")
     }
+    guard faultAroundBytes != nil else {
+      throw ValidationError("--fault-around must be 0, or a size such as 256K or 1M")
+    }
     guard guestMemfd == nil || memoryOptions.backing == .guestMemfd else {
       throw ValidationError("--guest-memfd needs --backing guest_memfd")
     }
+  }
+
+  private var faultAroundBytes: Int? {
+    faultAround == "0" ? 0 : MemorySize(argument: faultAround)?.bytes
   }
 
   func run() throws {
@@ -76,6 +88,7 @@ struct RestoreCommand: ParsableCommand {
         Terminal.note("faultline: the pager has ended: \(error)")
         RestoreCommand.exit(withError: ExitCode(1))
       })
+    options.pager.faultAround = .upTo(bytes: faultAroundBytes ?? 0)
     let restored = try RestoredGuest(FilePath(image), options)
     progress.finish()
     defer { restored.shutdown() }

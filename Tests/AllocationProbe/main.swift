@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Serves faults from an image and prints how many allocations that took, all threads of
-// the process together. Usage: allocation-probe missing|minor THREADS IMAGE
+// the process together. Usage:
+// allocation-probe missing|minor THREADS LEVEL AROUND IMAGE
 
 import CAllocationCount
 import GuestMemory
@@ -13,11 +14,11 @@ import TestSupport
 import Userfault
 
 let arguments = CommandLine.arguments
-guard arguments.count == 4, let mode = ResolutionMode(rawValue: arguments[1]),
-  let threads = Int(arguments[2])
-else { fatalError("usage: allocation-probe missing|minor THREADS IMAGE") }
+guard arguments.count == 6, let mode = ResolutionMode(rawValue: arguments[1]),
+  let threads = Int(arguments[2]), let level = Int(arguments[3]), let around = Int(arguments[4])
+else { fatalError("usage: allocation-probe missing|minor THREADS LEVEL AROUND IMAGE") }
 let blocks = 4096
-let path = FilePath(arguments[3])
+let path = FilePath(arguments[5])
 
 let content = try GuestMemoryObject(backing: .anonymous, length: blocks * 4096)
 for block in 0..<blocks where block % 8 != 7 {
@@ -29,7 +30,7 @@ func writeImage() throws {
     regions: [
       ImageRegion(
         name: "ram", guestAddress: GuestAddress(0), length: blocks * 4096, pageSize: .size4KiB)
-    ])
+    ], options: ImageOptions(encoding: level == 0 ? .stored : .zstd(level: level)))
   // SAFETY: the mapping is this long, and nobody else writes to it.
   try unsafe writer.write(
     region: 0, firstBlock: 0,
@@ -40,11 +41,13 @@ try writeImage()
 
 let memory = try GuestMemoryObject(
   backing: mode == .minor ? .memfd : .anonymous, length: blocks * 4096)
+var options = PagerOptions(faultThreads: threads)
+options.faultAround = .upTo(bytes: around)
 let session = try PagerSession(
   userfaultfd: try Userfaultfd(wanting: PagerSession<ImageSource>.features.wanted),
   regions: [try PagedRegion(memory, mode: mode)],
   source: ImageSource(try MemoryImage(path: path)),
-  options: PagerOptions(faultThreads: threads))
+  options: options)
 try session.start()
 // What is made on first use is made by the first few faults.
 var sum: UInt64 = 0

@@ -42,7 +42,8 @@ package final class ServedMemory: Sendable {
 
   package init(
     _ kind: MemoryCase, pages: Int, source: PatternSource = PatternSource(), threads: Int = 2,
-    without features: UserfaultFeatures = [], start: Bool = true
+    without features: UserfaultFeatures = [], faultAround: FaultAround = .adaptive,
+    start: Bool = true
   ) throws {
     let memory = try GuestMemoryObject(
       backing: kind.backing, length: pages * kind.backing.pageSize.bytes)
@@ -50,9 +51,11 @@ package final class ServedMemory: Sendable {
     self.memory = memory
     self.source = source
     let wanted = PagerSession<PatternSource>.features.wanted.subtracting(features)
+    var options = PagerOptions(faultThreads: threads)
+    options.faultAround = faultAround
     session = try PagerSession(
       userfaultfd: try Userfaultfd(wanting: wanted), regions: [region], source: source,
-      options: PagerOptions(faultThreads: threads))
+      options: options)
     if start { try session.start() }
   }
 

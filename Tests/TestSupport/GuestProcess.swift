@@ -42,15 +42,19 @@ package final class GuestProcess: Sendable {
 
   /// A session over a duplicate of the descriptor; the page states are shared by all.
   package func session(
-    _ source: PatternSource, watchesProcess: Bool = true
+    _ source: PatternSource, watchesProcess: Bool = true, faultAround: FaultAround = .off
   ) throws -> PagerSession<PatternSource> {
+    var options = PagerOptions()
+    options.faultAround = faultAround
     let userfaultfd = try Userfaultfd(adopting: received.duplicate(), features: features)
     guard watchesProcess else {
       return try PagerSession(
-        userfaultfd: userfaultfd, regions: [region], source: source, registers: false)
+        userfaultfd: userfaultfd, regions: [region], source: source, options: options,
+        registers: false)
     }
     return try PagerSession(
-      userfaultfd: userfaultfd, regions: [region], source: source, registers: false,
+      userfaultfd: userfaultfd, regions: [region], source: source, options: options,
+      registers: false,
       process: try openProcess(process.processIdentifier))
   }
 
