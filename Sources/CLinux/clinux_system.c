@@ -4,6 +4,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/uio.h>
 
 enum { MAX_DESCRIPTORS = 16 };
@@ -113,3 +114,5 @@ long clinux_copy_own_memory(void *to, uintptr_t from, size_t length) {
   struct iovec remote = {.iov_base = (void *)from, .iov_len = length};
   return clinux_result(process_vm_readv(getpid(), &local, 1, &remote, 1, 0));
 }
+
+long clinux_try_lock(int fd) { return clinux_result(flock(fd, LOCK_EX | LOCK_NB)); }

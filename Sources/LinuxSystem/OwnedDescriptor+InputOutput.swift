@@ -21,6 +21,17 @@ extension OwnedDescriptor {
     }
   }
 
+  /// Writes all bytes of an array at an offset.
+  public borrowing func writeAll(_ bytes: [UInt8], at offset: Int) throws(Errno) {
+    let result = unsafe bytes.withUnsafeBytes { buffer in
+      Result { () throws(Errno) in
+        // SAFETY: the buffer is valid for the closure.
+        try unsafe writeAll(buffer, at: offset)
+      }
+    }
+    try result.get()
+  }
+
   /// Writes at an offset, once (pwrite(2)); returns how many bytes were written.
   @unsafe
   public borrowing func write(

@@ -37,6 +37,23 @@ extension OwnedDescriptor {
     self.init(owning: CInt(opened))
   }
 
+  /// Opens a file for reading and writing, close-on-exec. A pipe does not block the call.
+  public init(openingForUpdate path: FilePath) throws(Errno) {
+    let opened = try path.openAt(AT_FDCWD, flags: O_RDWR | O_CLOEXEC | O_NONBLOCK)
+    self.init(owning: CInt(opened))
+  }
+
+  /// Takes the file's lock (flock(2), LOCK_EX) until the descriptor is closed; `false` when
+  /// somebody else has it.
+  public borrowing func lockExclusively() throws(Errno) -> Bool {
+    do throws(Errno) {
+      _ = try retryingInterrupted { clinux_try_lock(rawValue) }
+      return true
+    } catch .wouldBlock {
+      return false
+    }
+  }
+
   /// Reads up to as many bytes as there is room for (pread(2), one call).
   ///
   /// - Returns: bytes; 0 at the end of the file.

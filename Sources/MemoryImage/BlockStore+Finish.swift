@@ -86,12 +86,12 @@ extension BlockStore {
 
     try writeChunkTable(
       to: file, at: chunkTableOffset, chunks: chunkCount, isStored: isStored, through: buffer)
-    try file.write(regionTable, at: ImageLayout.regionTableOffset)
-    try file.write(tail.bytes, at: tailOffset)
+    try file.writeAll(regionTable, at: ImageLayout.regionTableOffset)
+    try file.writeAll(tail.bytes, at: tailOffset)
     // Also where the last blocks are holes.
     try file.setLength(tailOffset + tail.bytes.count)
     try file.synchronize()
-    try file.write(header.encoded(), at: 0)
+    try file.writeAll(header.encoded(), at: 0)
     try file.synchronize()
   }
 
@@ -168,18 +168,5 @@ extension ImageHeader {
   var countsForContentID: [UInt8] {
     let bytes = encoded()
     return Array(bytes[40..<56]) + Array(bytes[128..<144])
-  }
-}
-
-extension OwnedDescriptor {
-  /// Writes all bytes of an array at an offset.
-  fileprivate borrowing func write(_ bytes: [UInt8], at offset: Int) throws(Errno) {
-    let result = unsafe bytes.withUnsafeBytes { buffer in
-      Result { () throws(Errno) in
-        // SAFETY: the buffer is valid for the closure.
-        try unsafe writeAll(buffer, at: offset)
-      }
-    }
-    try result.get()
   }
 }

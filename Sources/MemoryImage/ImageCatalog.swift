@@ -6,7 +6,7 @@ internal import SystemPackage
 /// All of an image but its indexes and data: what opening reads and checks.
 struct ImageCatalog {
   let id: ImageID
-  /// Bytes.
+  /// Bytes, without a working set.
   let fileLength: Int
   let regions: [ImageRegion]
   let geometries: [RegionGeometry]
@@ -43,12 +43,9 @@ struct ImageCatalog {
         .truncated, path,
         "it has \(status.length) bytes of the \(header.fileLength) that were written")
     }
-    guard header.fileLength == UInt64(status.length) else {
-      throw ImageError(
-        .damaged, path,
-        "it has \(status.length) bytes, more than the \(header.fileLength) that were written")
-    }
-    var extents = ExtentSet(path: path, fileLength: status.length)
+    // What follows is a working set, or what is left of one: `workingSet` looks at it.
+    let written = Int(header.fileLength)
+    var extents = ExtentSet(path: path, fileLength: written)
     try extents.insert(offset: 0, length: UInt64(ImageHeader.length), "the header")
 
     let table = try source.read(
@@ -91,7 +88,7 @@ struct ImageCatalog {
     try extents.checkDisjoint()
 
     id = header.id
-    fileLength = status.length
+    fileLength = written
     self.regions = regions
     self.geometries = geometries
     self.states = states

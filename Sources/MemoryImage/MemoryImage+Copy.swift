@@ -13,7 +13,7 @@ extension MemoryImage {
   public var guestBytes: Int { regions.reduce(0) { $0 + $1.length } }
 
   /// Writes an image that holds everything itself, whatever this one builds on; device
-  /// states and metadata come along.
+  /// states, metadata and a sound working set come along.
   ///
   /// Throws what reading and writing throw; then nothing is left behind.
   public func merge(
@@ -28,6 +28,7 @@ extension MemoryImage {
       try unsafe blocks.write(region: region, firstBlock: block, bytes: bytes)
     }
     try writer.finish()
+    if let set = try? workingSet() { try Self.setWorkingSet(set.runs, of: path) }
   }
 
   /// Writes the regions one after the other as a raw file, with holes for zeros: what

@@ -54,7 +54,7 @@ struct Lie: Sendable, CustomTestStringConvertible {
     Lie("a file beyond the limit", .limitExceeded) {
       $0.set(RawImage.Header.fileLength, word: .max)
     },
-    Lie("a shorter file", .damaged) {
+    Lie("a shorter file", .invalidLayout) {
       $0.set(RawImage.Header.fileLength, word: UInt64($0.bytes.count - 1))
     },
     Lie("a region table outside of the file", .invalidLayout) {

@@ -151,6 +151,8 @@ long clinux_send_descriptors(int fd, const void *bytes, size_t length, const int
 long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descriptors,
                                 size_t *count);
 
+/// flock(2) with LOCK_EX and LOCK_NB.
+long clinux_try_lock(int fd);
 /// Copies memory of this process by process_vm_readv(2); how many bytes it got.
 long clinux_copy_own_memory(void *to, uintptr_t from, size_t length);
 

@@ -18,6 +18,8 @@ struct ImageCommand: ParsableCommand {
       faultline image create --from-raw later.bin --parent vm.img -o later.img
       faultline image info vm.img
       faultline image verify vm.img
+      faultline image verify vm.img --sample 5
+      faultline image working-set vm.img
       faultline image merge later.img -o whole.img
       faultline image export later.img -o memory.bin
 
@@ -25,7 +27,7 @@ struct ImageCommand: ParsableCommand {
       """,
     subcommands: [
       ImageCreateCommand.self, ImageInfoCommand.self, ImageVerifyCommand.self,
-      ImageMergeCommand.self, ImageExportCommand.self,
+      ImageMergeCommand.self, ImageExportCommand.self, ImageWorkingSetCommand.self,
     ])
 }
 
@@ -121,50 +123,5 @@ struct ImageExportCommand: ParsableCommand {
       to: FilePath(output), threads: imageThreads, progress: progress.callback)
     progress.finish()
     print("\(output): \(Terminal.size(opened.guestBytes)) of memory")
-  }
-}
-
-struct ImageVerifyCommand: ParsableCommand {
-  static let configuration = CommandConfiguration(
-    commandName: "verify", abstract: "Read all of an image and check every page.",
-    discussion: "Exit status: 0 all of it is right; 2 something is damaged; 1 it cannot be read.")
-
-  @Argument(help: "The image.", completion: .file())
-  var image: String
-  @Flag(help: "Print one JSON object.")
-  var json = false
-
-  private struct Result: Encodable {
-    let image: String
-    let zeroPages: Int
-    let dataPages: Int
-    let damagedPages: Int
-    let damages: [String]
-  }
-
-  func run() throws {
-    let opened = try MemoryImage(path: FilePath(image))
-    let progress = ProgressLine("verify")
-    let callback = progress.callback
-    let report = try opened.verify { done, total in callback?(done * 4096, total * 4096) }
-    progress.finish()
-    let damages = report.damages.map { damage in
-      "region \(damage.region) (\(opened.regions[damage.region].name)), "
-        + "\(damage.blockCount) pages from guest address "
-        + "\(opened.regions[damage.region].guestAddress.advanced(by: damage.firstBlock * 4096)), "
-        + "file offset \(damage.fileOffset): \(damage.cause)"
-    }
-    if json {
-      try Terminal.printJSON(
-        Result(
-          image: image, zeroPages: report.zeroBlocks, dataPages: report.dataBlocks,
-          damagedPages: report.damagedBlocks, damages: damages))
-    } else {
-      for damage in damages { print(damage) }
-      print(
-        "\(image): \(report.zeroBlocks + report.dataBlocks) pages are right, "
-          + "\(report.damagedBlocks) damaged")
-    }
-    if !report.isIntact { throw wrongPagesStatus }
   }
 }

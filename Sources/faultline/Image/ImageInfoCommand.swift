@@ -52,6 +52,11 @@ struct ImageDescription: Encodable {
   let ancestors: [Ancestor]
   let states: [State]
   let metadata: [String: String]
+  /// Pages; 0 when there is none.
+  let workingSetPages: Int
+  let workingSetFailure: String?
+  /// Bytes of data of this image for one byte that they take in the file.
+  let ratio: Double
 
   init(path: String) throws {
     let opened = try MemoryImage(path: FilePath(path))
@@ -75,6 +80,15 @@ struct ImageDescription: Encodable {
       State(type: $0.type, instance: $0.instance, bytes: $0.bytes.count)
     }
     metadata = opened.metadata
+    do throws(ImageError) {
+      workingSetPages = try opened.workingSet()?.blockCount ?? 0
+      workingSetFailure = nil
+    } catch {
+      workingSetPages = 0
+      workingSetFailure = error.reason
+    }
+    let own = regions.reduce(0) { $0 + $1.ownBytes }
+    ratio = Double(own) / Double(max(1, fileBytes))
   }
 
   /// One line, for what has just been made.
@@ -93,6 +107,15 @@ struct ImageDescription: Encodable {
         "  region      \(region.name): \(Terminal.size(region.bytes)) at \(address); "
           + "\(Terminal.size(region.ownBytes)) data, \(Terminal.size(region.inheritedBytes)) "
           + "from ancestors, \(Terminal.size(region.zeroBytes)) zero")
+    }
+    let own = regions.reduce(0) { $0 + $1.ownBytes }
+    print(
+      "  sizes       \(Terminal.size(guestBytes)) guest, \(Terminal.size(own)) data of its own in "
+        + "\(Terminal.size(fileBytes)): ratio " + String(format: "%.2f", ratio))
+    if let workingSetFailure {
+      print("  working set cannot be used: \(workingSetFailure)")
+    } else if workingSetPages > 0 {
+      print("  working set \(workingSetPages) pages, \(Terminal.size(workingSetPages * 4096))")
     }
     for ancestor in ancestors {
       print("  builds on   \(ancestor.path)\n              \(ancestor.contentID)")

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import LinuxSystem
+public import SystemPackage
+
+extension MemoryImage {
+  /// The image's working set; `nil` when it has none.
+  ///
+  /// It is read and checked at each call, and not when the image is opened. In memory it takes
+  /// 24 bytes for each run, and for the time of the call a bit for each block that is in it.
+  ///
+  /// Throws `damaged` for one that is incomplete or does not match its checksums, and
+  /// `invalidLayout` for one that names blocks which the image does not have, or one twice. The
+  /// image itself is as good as before: go on without, or remove it by `setWorkingSet`.
+  public func workingSet() throws(ImageError) -> WorkingSet? {
+    let length: Int
+    do throws(Errno) {
+      length = try own.file.status.length
+    } catch {
+      throw ImageError(.inputOutput, path, "its length cannot be read", errno: error)
+    }
+    guard length > fileLength else { return nil }
+    func damaged(_ reason: String) -> ImageError {
+      ImageError(.damaged, path, "its working set \(reason)", fileOffset: fileLength)
+    }
+    let header = WorkingSetSection.decodeHeader(
+      try workingSetBytes(
+        at: fileLength, length: min(length - fileLength, WorkingSetSection.headerLength)), id: id)
+    guard let header else { throw damaged("is incomplete, or what follows the image is none") }
+    let entries = header.runs * WorkingSetSection.entryLength
+    guard fileLength + WorkingSetSection.headerLength + entries == length else {
+      throw damaged("has another length than it says")
+    }
+    let bytes = try workingSetBytes(
+      at: fileLength + WorkingSetSection.headerLength, length: entries)
+    guard Checksum.of(bytes, seed: Checksum.key(id, .workingSet)) == header.checksum else {
+      throw damaged("does not match its checksum")
+    }
+    guard let set = WorkingSet(WorkingSetSection.decodeRuns(bytes), of: regions) else {
+      throw ImageError(
+        .invalidLayout, path, "its working set names blocks that it does not have, or one twice",
+        fileOffset: fileLength)
+    }
+    return set
+  }
+
+  private func workingSetBytes(at offset: Int, length: Int) throws(ImageError) -> [UInt8] {
+    var bytes = [UInt8](repeating: 0, count: length)
+    let outcome = unsafe bytes.withUnsafeMutableBytes { buffer in
+      Result { () throws(Errno) in
+        // SAFETY: the buffer is valid for the closure.
+        try unsafe own.file.readAll(into: buffer, at: offset)
+      }
+    }
+    do throws(Errno) {
+      try outcome.get()
+    } catch {
+      throw ImageError(
+        .inputOutput, path, "its working set cannot be read", fileOffset: offset, errno: error)
+    }
+    return bytes
+  }
+
+  /// Puts a working set behind an image, in place of the one that it has, without rewriting the
+  /// image; `nil` removes it. On stable storage when this returns.
+  ///
+  /// Whoever is killed in the middle leaves an image without a working set: `workingSet` says
+  /// that it is damaged. Readers that have the image open see the new one at their next call.
+  ///
+  /// Throws what opening throws; `incomplete` while somebody else is doing the same;
+  /// `invalidLayout` for blocks that the image does not have; `limitExceeded` for more than
+  /// 2^24 runs; `inputOutput`.
+  public static func setWorkingSet(
+    _ runs: [WorkingSetRun]?, of path: FilePath
+  ) throws(ImageError) {
+    let image = try MemoryImage(path: path)
+    var section: [UInt8] = []
+    if let runs, !runs.isEmpty {
+      guard let set = WorkingSet(runs, of: image.regions) else {
+        throw ImageError(
+          .invalidLayout, path,
+          "a working set may only name blocks that the image has, and each once")
+      }
+      guard set.runs.count <= WorkingSetSection.mostRuns else {
+        throw ImageError(.limitExceeded, path, "a working set has at most 2^24 runs")
+      }
+      section = WorkingSetSection.encode(set, id: image.id)
+    }
+    do throws(Errno) {
+      let file = try OwnedDescriptor(openingForUpdate: path)
+      guard try file.lockExclusively() else {
+        throw Errno.wouldBlock
+      }
+      // Replaced since it was looked at: the other image is not the one that was meant.
+      guard try file.status.identity == image.own.file.status.identity else {
+        throw Errno.noSuchFileOrDirectory
+      }
+      // The old one goes first: half of the new one over half of the old one would be worse
+      // than none, and a working set can be recorded again.
+      try file.setLength(image.fileLength)
+      guard !section.isEmpty else { return try file.synchronize() }
+      try file.writeAll(section, at: image.fileLength)
+      try file.synchronize()
+    } catch .wouldBlock {
+      throw ImageError(.incomplete, path, "another process is writing its working set")
+    } catch {
+      throw ImageError(
+        .inputOutput, path, "its working set cannot be written", errno: error)
+    }
+  }
+}

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+/// Blocks that a guest touched one after the other.
+public struct WorkingSetRun: Hashable, Sendable {
+  /// Number of the region.
+  public var region: Int
+  /// Number of the first 4 KiB block in the region.
+  public var firstBlock: Int
+  /// Blocks, at least one.
+  public var blockCount: Int
+
+  /// A run of blocks.
+  public init(region: Int, firstBlock: Int, blockCount: Int) {
+    self.region = region
+    self.firstBlock = firstBlock
+    self.blockCount = blockCount
+  }
+}
+
+/// The pages that a guest needs first, in the order in which it touched them; no block twice.
+public struct WorkingSet: Hashable, Sendable {
+  /// The runs, in the order of the touches.
+  public let runs: [WorkingSetRun]
+
+  /// Blocks of all runs.
+  public var blockCount: Int { runs.reduce(0) { $0 + $1.blockCount } }
+
+  /// A working set of some runs; runs that continue each other become one.
+  ///
+  /// - Returns: `nil` where a run has blocks that the regions have not, or none, or where a
+  ///   block occurs twice.
+  public init?(_ runs: [WorkingSetRun], of regions: [ImageRegion]) {
+    var seen = regions.map { BlockSet($0.blockCount) }
+    var joined: [WorkingSetRun] = []
+    for run in runs {
+      guard regions.indices.contains(run.region), run.firstBlock >= 0, run.blockCount > 0,
+        run.firstBlock <= regions[run.region].blockCount,
+        run.blockCount <= regions[run.region].blockCount - run.firstBlock
+      else { return nil }
+      for block in run.firstBlock..<run.firstBlock + run.blockCount {
+        guard seen[run.region].insert(block) else { return nil }
+      }
+      if let last = joined.last, last.region == run.region,
+        last.firstBlock + last.blockCount == run.firstBlock
+      {
+        joined[joined.count - 1].blockCount += run.blockCount
+      } else {
+        joined.append(run)
+      }
+    }
+    self.runs = joined
+  }
+
+  /// A bit for each block; memory for those parts only that are used.
+  private struct BlockSet {
+    private static let part = 1 << 15
+    private var parts: [Int: [UInt64]] = [:]
+
+    init(_ blockCount: Int) {}
+
+    /// Whether it was not there.
+    mutating func insert(_ block: Int) -> Bool {
+      let (number, rest) = block.quotientAndRemainder(dividingBy: Self.part)
+      let bit: UInt64 = 1 << UInt64(rest & 63)
+      return {
+        (words: inout [UInt64]) in
+        defer { words[rest >> 6] |= bit }
+        return words[rest >> 6] & bit == 0
+      }(&parts[number, default: Array(repeating: 0, count: Self.part / 64)])
+    }
+  }
+}
+
+/// The section of the file (docs/image-format.md, "Working set").
+enum WorkingSetSection {
+  static let magic: [UInt8] = Array("FLWORKS\n".utf8)
+  static let headerLength = 32
+  static let entryLength = 16
+  /// 256 MiB of runs.
+  static let mostRuns = 1 << 24
+
+  /// The whole section.
+  static func encode(_ set: WorkingSet, id: ImageID) -> [UInt8] {
+    let seed = Checksum.key(id, .workingSet)
+    var entries: [UInt8] = []
+    entries.reserveCapacity(set.runs.count * entryLength)
+    for run in set.runs {
+      entries.append(integer: UInt32(run.region))
+      entries.append(integer: UInt32(run.blockCount))
+      entries.append(integer: UInt64(run.firstBlock))
+    }
+    var bytes = magic
+    bytes.append(integer: UInt64(set.runs.count))
+    bytes.append(integer: Checksum.of(entries, seed: seed))
+    bytes.append(integer: Checksum.of(bytes, seed: seed))
+    return bytes + entries
+  }
+
+  /// The number of runs and their checksum; `nil` for what is no header of this image.
+  static func decodeHeader(_ bytes: [UInt8], id: ImageID) -> (runs: Int, checksum: UInt64)? {
+    guard bytes.count == headerLength else { return nil }
+    var reader = ByteReader(bytes)
+    guard reader.next(count: 8).elementsEqual(magic) else { return nil }
+    let count: UInt64 = reader.next()
+    let checksum: UInt64 = reader.next()
+    let own: UInt64 = reader.next()
+    guard own == Checksum.of(Array(bytes.prefix(24)), seed: Checksum.key(id, .workingSet)),
+      count > 0, count <= UInt64(mostRuns)
+    else { return nil }
+    return (Int(count), checksum)
+  }
+
+  static func decodeRuns(_ bytes: [UInt8]) -> [WorkingSetRun] {
+    var reader = ByteReader(bytes)
+    var runs: [WorkingSetRun] = []
+    runs.reserveCapacity(bytes.count / entryLength)
+    while reader.remaining >= entryLength {
+      let region: UInt32 = reader.next()
+      let count: UInt32 = reader.next()
+      let first: UInt64 = reader.next()
+      runs.append(
+        WorkingSetRun(
+          region: Int(region), firstBlock: Int(truncatingIfNeeded: first),
+          blockCount: Int(count)))
+    }
+    return runs
+  }
+}
