@@ -141,7 +141,8 @@ let package = Package(
     tests(
       "PagerTests",
       [
-        "Pager", "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport", "guest-process",
+        "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport",
+        "guest-process",
         "allocation-probe",
       ]),
     .executableTarget(

@@ -23,13 +23,29 @@ extension PagerSession {
   public func populate(
     progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(PagerError) {
-    let chunks = regions.flatMap { region in
+    let pieces = regions.flatMap { region in
       let pages = max(1, Self.chunkLength / region.pageSize.bytes)
       return stride(from: 0, to: region.pageCount, by: pages).map { first in
-        (region, first..<min(first + pages, region.pageCount))
+        FillPiece(region: region, pages: first..<min(first + pages, region.pageCount))
       }
     }
-    let total = regions.reduce(0) { $0 + $1.host.length }
+    try fill(pieces, isReplay: false, progress: progress)
+  }
+
+  /// Pages of one region that one thread fills.
+  struct FillPiece {
+    let region: PagedRegion
+    let pages: Range<Int>
+    var bytes: Int { pages.count * region.pageSize.bytes }
+  }
+
+  /// Fills pieces in their order with several threads, each taking the next one.
+  ///
+  /// - Parameter isReplay: also resolves pages of zeros, and ends when the session is stopped.
+  func fill(
+    _ pieces: [FillPiece], isReplay: Bool, progress: (@Sendable (Int, Int) -> Void)?
+  ) throws(PagerError) {
+    let total = pieces.reduce(0) { $0 + $1.bytes }
     let failed = statistics.failedPages
     let tally = PopulateTally()
     var threads: [ThreadBox] = []
@@ -39,9 +55,12 @@ extension PagerSession {
         let staging = try PopulateStaging(
           length: max(Self.pieceLength, regions.map(\.pageSize.bytes).max() ?? 4096))
         let thread = try NamedThread(name: "populate\(index)") {
-          while !self.hasEnded, let (region, pages) = tally.next(of: chunks) {
-            self.populate(region, pages, staging.buffer, slot.counters)
-            progress?(tally.finish(pages.count * region.pageSize.bytes), total)
+          while !self.hasEnded, !(isReplay && self.isStopping),
+            let piece = tally.next(of: pieces.count).map({ pieces[$0] })
+          {
+            self.populate(
+              piece.region, piece.pages, staging.buffer, slot.counters, isReplay: isReplay)
+            progress?(tally.finish(piece.bytes), total)
           }
         }
         threads.append(ThreadBox(thread))
@@ -63,7 +82,7 @@ extension PagerSession {
 
   private func populate(
     _ region: PagedRegion, _ pages: Range<Int>, _ staging: borrowing StagingBuffer,
-    _ counters: borrowing WorkerCounters
+    _ counters: borrowing WorkerCounters, isReplay: Bool
   ) {
     let size = region.pageSize.bytes
     let piece = max(1, Self.pieceLength / size)
@@ -76,7 +95,8 @@ extension PagerSession {
         continue
       }
       while claimed > 0 {
-        let done = populateRun(region, page, claimed, staging, counters)
+        let done = populateRun(
+          region, page, claimed, staging, counters, isReplay: isReplay)
         page += done
         claimed -= done
       }
@@ -86,13 +106,14 @@ extension PagerSession {
   /// Fills the first run of claimed pages; returns how many pages are settled.
   private func populateRun(
     _ region: PagedRegion, _ first: Int, _ claimed: Int, _ staging: borrowing StagingBuffer,
-    _ counters: borrowing WorkerCounters
+    _ counters: borrowing WorkerCounters, isReplay: Bool
   ) -> Int {
     // A damaged page, and a run that ends inside a page (hugetlbfs), go page by page.
     if let run = try? fetchRun(first, limit: claimed, region, staging, insists: true),
       run.count > 0
     {
-      if run.isZero {
+      // hugetlbfs has no ZEROPAGE: its pages of zeros come by themselves.
+      if run.isZero, !isReplay || region.pageSize != .size4KiB {
         giveBack(region, first..<(first + run.count))
         return run.count
       }
@@ -115,12 +136,12 @@ extension PagerSession {
 
 /// What the threads of one `populate` share.
 private final class PopulateTally: Sendable {
-  private let nextChunk = Atomic<Int>(0)
+  private let nextPiece = Atomic<Int>(0)
   private let bytesDone = Atomic<Int>(0)
 
-  func next(of chunks: [(PagedRegion, Range<Int>)]) -> (PagedRegion, Range<Int>)? {
-    let index = nextChunk.wrappingAdd(1, ordering: .relaxed).oldValue
-    return index < chunks.count ? chunks[index] : nil
+  func next(of count: Int) -> Int? {
+    let index = nextPiece.wrappingAdd(1, ordering: .relaxed).oldValue
+    return index < count ? index : nil
   }
 
   func finish(_ bytes: Int) -> Int {

@@ -17,6 +17,10 @@ public struct PagerOptions: Sendable {
   /// With one fault thread: how long it looks for the next fault before it sleeps, in
   /// nanoseconds, while faults come that fast. 0 switches it off.
   public var busyPollNanoseconds: UInt64 = 100_000
+  /// Remembers the order in which pages are first touched (`recordedWorkingSet`), in 8 bytes
+  /// for each page of the session. Faults bring nothing along then, so that it is the guest's
+  /// order.
+  public var records = false
   /// How many neighbours a fault brings along.
   public var faultAround = FaultAround.adaptive
   /// Called from a thread of the session when a page has no right content. It must not
@@ -63,6 +67,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let source: Source
   let options: PagerOptions
   let canPoison: Bool
+  let recorder: AccessRecorder?
 
   let gate = ReadWriteLock()
   let stopSign: EventDescriptor
@@ -133,9 +138,14 @@ public final class PagerSession<Source: PageSource>: Sendable {
     }
     do {
       stopSign = try EventDescriptor()
+      recorder =
+        options.records
+        ? try AccessRecorder(pages: regions.reduce(0) { $0 + $1.pageCount }) : nil
     } catch {
-      throw PagerError(.resources, "no eventfd for a session", errno: error)
+      throw PagerError(.resources, "no eventfd or memory for a session", errno: error)
     }
+    var options = options
+    if options.records { options.faultAround = .off }
     canPoison = userfaultfd.features.contains(.poison)
     self.userfaultfd = userfaultfd
     self.regions = regions.sorted { $0.host.start < $1.host.start }

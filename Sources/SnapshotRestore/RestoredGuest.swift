@@ -27,6 +27,8 @@ public struct RestoreOptions: Sendable {
   public var strategy: RestoreStrategy
   /// With guest_memfd: how pages come; `nil` takes the best one that works here.
   public var guestMemfd: GuestMemfdStrategy?
+  /// Whether the image's working set is brought while the guest starts.
+  public var replaysWorkingSet = true
   /// The threads and callbacks of the pager.
   public var pager: PagerOptions
   /// Called while an eager restore fills memory: bytes done and in all.
@@ -60,6 +62,8 @@ public final class RestoredGuest: Sendable {
   public let guest: TestGuest
   /// Its memory.
   public let memory: GuestMemoryHandle
+  /// Brings the working set; `nil` when there is none.
+  private let replay: WorkingSetReplay?
   /// How the pages of a guest_memfd come; `nil` for other memory.
   public let guestMemfd: GuestMemfdStrategy?
   /// From the beginning of the restore to the guest's creation: CLOCK_MONOTONIC
@@ -106,12 +110,16 @@ public final class RestoredGuest: Sendable {
       memory.object, image, options, parts?.strategy, vcpus: states.count)
     let binding = try parts?.binding(session, vcpus: states.count)
     preparationNanoseconds = MonotonicClock.nanoseconds - startNanoseconds
+    replay =
+      options.strategy == .lazy && options.replaysWorkingSet && parts == nil
+      ? WorkingSetReplay(of: image, session) : nil
     do throws(GuestError) {
       guest = try TestGuest(
         restoring: memory.range, states: states, kind: kind, handle: parts?.handle,
         binding: binding)
     } catch {
       session.release()
+      replay?.wait()
       throw SnapshotError(.guest, error.description)
     }
   }
@@ -122,6 +130,7 @@ public final class RestoredGuest: Sendable {
   public func shutdown() {
     guest.shutdown()
     session.release()
+    replay?.wait()
   }
 
   /// Waits for the guest's first instruction; nanoseconds since the restore began.

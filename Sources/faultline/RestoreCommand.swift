@@ -21,6 +21,7 @@ struct RestoreCommand: ParsableCommand {
       faultline restore guest.img
       faultline restore guest.img --backing memfd --faults minor --order random
       faultline restore guest.img --backing guest_memfd
+      faultline restore guest.img --record                     what it touches, in which order
       faultline restore guest.img --strategy eager             all memory first, for comparison
       faultline restore guest.img --workload touch             touch every page once, timed
       """)
@@ -50,6 +51,12 @@ struct RestoreCommand: ParsableCommand {
       "How much a fault brings along where the guest goes upwards, 0 for nothing.",
       valueName: "size"))
   var faultAround = "1M"
+  @Flag(help: "Remember the order in which the guest touches pages, and put it into the image.")
+  var record = false
+  @Flag(
+    inversion: .prefixedNo,
+    help: "Bring the image's working set, if it has one, while the guest starts.")
+  var workingSet = true
   @Flag(help: "Print one JSON object.")
   var json = false
 
@@ -88,6 +95,8 @@ struct RestoreCommand: ParsableCommand {
         Terminal.note("faultline: the pager has ended: \(error)")
         RestoreCommand.exit(withError: ExitCode(1))
       })
+    options.pager.records = record
+    options.replaysWorkingSet = workingSet && !record
     options.pager.faultAround = .upTo(bytes: faultAroundBytes ?? 0)
     let restored = try RestoredGuest(FilePath(image), options)
     progress.finish()
@@ -100,6 +109,11 @@ struct RestoreCommand: ParsableCommand {
       report.guestError = error.description
     }
     report.finish(restored)
+    if record {
+      let runs = restored.session.recordedWorkingSet
+      try MemoryImage.setWorkingSet(runs, of: FilePath(image))
+      report.recordedPages = runs.reduce(0) { $0 + $1.blockCount }
+    }
     try report.show(json: json)
     if !report.isRight { throw wrongPagesStatus }
   }

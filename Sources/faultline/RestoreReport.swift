@@ -35,6 +35,10 @@ struct RestoreReport: Codable {
   var continuedPages: UInt64 = 0
   var zeroPages: UInt64 = 0
   var populatedPages: UInt64 = 0
+  /// Pages that came along with others.
+  var broughtAlong: UInt64 = 0
+  /// Pages whose order went into the image.
+  var recordedPages: Int?
   var failedPages: UInt64 = 0
   var serviceP50Nanoseconds: UInt64?
   var serviceP99Nanoseconds: UInt64?
@@ -79,6 +83,7 @@ struct RestoreReport: Codable {
     continuedPages = statistics.continuedPages
     zeroPages = statistics.zeroPages
     populatedPages = statistics.populatedPages
+    broughtAlong = statistics.broughtAlong
     failedPages = statistics.failedPages
     serviceP50Nanoseconds = statistics.serviceTime.quantile(0.5)
     serviceP99Nanoseconds = statistics.serviceTime.quantile(0.99)
@@ -100,7 +105,9 @@ struct RestoreReport: Codable {
     row(
       "resolved by",
       "\(copiedPages) copy, \(continuedPages) continue, \(writtenPages) write, \(zeroPages) zero"
-        + (populatedPages > 0 ? " (\(populatedPages) pages in bulk)" : ""))
+        + (populatedPages > 0 ? " (\(populatedPages) pages in bulk)" : "")
+        + (broughtAlong > 0 ? " (\(broughtAlong) came along)" : ""))
+    if let recordedPages { row("working set", "\(recordedPages) pages recorded") }
     if let serviceP50Nanoseconds, let serviceP99Nanoseconds {
       row(
         "fault served in",

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import GuestMemory
+internal import LinuxSystem
+public import MemoryImage
+
+extension PagerSession {
+  /// The pages that the guest has touched so far in a session with `PagerOptions.records`, in
+  /// the order of their first touches and by the numbers of the source; huge pages are 512
+  /// blocks or more. Runs that follow each other are one.
+  ///
+  /// Also while the session runs.
+  public var recordedWorkingSet: [WorkingSetRun] {
+    guard let recorder else { return [] }
+    var seen: Set<UInt64> = []
+    var runs: [WorkingSetRun] = []
+    for address in recorder.addresses() where seen.insert(address.rawValue).inserted {
+      guard let region = region(at: address) else { continue }
+      let size = region.pageSize.bytes
+      let offset = region.sourceOffset + region.page(of: address) * size
+      let run = WorkingSetRun(
+        region: region.sourceRegion, firstBlock: offset / 4096, blockCount: size / 4096)
+      if let last = runs.last, last.region == run.region,
+        last.firstBlock + last.blockCount == run.firstBlock
+      {
+        runs[runs.count - 1].blockCount += run.blockCount
+      } else {
+        runs.append(run)
+      }
+    }
+    return runs
+  }
+
+  /// Brings the pages of a working set in its order, those of zeros too: before the guest
+  /// runs, or while it does. Its faults go first, for other threads serve them.
+  ///
+  /// Pages that the session does not have are passed over. Ends early when the session is stopped.
+  /// Throws what `populate` throws.
+  ///
+  /// - Parameter progress: called from the filling threads with bytes done and bytes in all.
+  public func replay(
+    _ runs: [WorkingSetRun], progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
+  ) throws(PagerError) {
+    var pieces: [FillPiece] = []
+    for run in runs {
+      let wanted = run.firstBlock * 4096..<(run.firstBlock + run.blockCount) * 4096
+      for region in regions where region.sourceRegion == run.region {
+        let size = region.pageSize.bytes
+        let own = region.sourceOffset..<region.sourceOffset + region.host.length
+        let part = wanted.clamped(to: own)
+        guard !part.isEmpty else { continue }
+        let first = (part.lowerBound - own.lowerBound) / size
+        let last = (part.upperBound - own.lowerBound + size - 1) / size
+        // Short pieces keep the order although several threads work.
+        let step = max(1, Self.replayLength / size)
+        for page in stride(from: first, to: last, by: step) {
+          pieces.append(FillPiece(region: region, pages: page..<min(page + step, last)))
+        }
+      }
+    }
+    try fill(pieces, isReplay: true, progress: progress)
+  }
+
+  /// Bytes that one thread brings before the next one goes on behind it.
+  private static var replayLength: Int { 1 << 20 }
+}
