@@ -114,33 +114,37 @@ final class BenchmarkRoom: @unchecked Sendable {
   deinit { unsafe pointer.deallocate() }
 }
 
-/// libzstd on all cores: frames of 16 KiB in memory, decoded and nothing else.
+/// libzstd on all cores: frames in memory, decoded and nothing else.
 final class ChunkDecodePeer: @unchecked Sendable {
   // SAFETY: written in `init` only.
-  private static let chunk = 16384
+  private let chunk: Int
   private let frames: Mapping
   private let places: [(offset: Int, length: Int)]
 
-  init(_ fixture: ImageFixture) throws {
-    let raw = try Data(
-      contentsOf: URL(fileURLWithPath: fixture.raw.string), options: .alwaysMapped)
-    let frames = try Mapping(anonymous: fixture.length + fixture.length / 16)
+  /// Frames of a raw file.
+  convenience init(_ fixture: ImageFixture) throws {
+    let raw = try Mapping(anonymous: fixture.length)
+    try unsafe OwnedDescriptor(openingForReading: fixture.raw).readAll(
+      into: UnsafeMutableRawBufferPointer(start: raw.pointer, count: fixture.length), at: 0)
+    try self.init(raw: raw, length: fixture.length, chunk: 16384)
+  }
+
+  /// Frames of memory.
+  init(raw: borrowing Mapping, length: Int, chunk: Int) throws {
+    self.chunk = chunk
+    let frames = try Mapping(anonymous: length + length / 16)
     let context = unsafe ZSTD_createCCtx()
     defer { unsafe ZSTD_freeCCtx(context) }
     var places: [(Int, Int)] = []
     var offset = 0
-    let (target, room) = unsafe (frames.pointer, frames.length)
-    // SAFETY: each chunk lies in the file, and each frame in the mapping, whose rest is the
-    // room that libzstd is given.
-    unsafe raw.withUnsafeBytes { bytes in
-      guard let content = bytes.baseAddress else { return }
-      for start in stride(from: 0, to: bytes.count, by: Self.chunk) {
-        let size = unsafe ZSTD_compressCCtx(
-          context, target + offset, room - offset, content + start,
-          Self.chunk, 1)
-        places.append((offset, size))
-        offset += size
-      }
+    let (content, target, room) = unsafe (raw.pointer, frames.pointer, frames.length)
+    for start in stride(from: 0, to: length, by: chunk) {
+      // SAFETY: the chunk lies in the memory, and the frame in the mapping, whose rest is the
+      // room that libzstd is given.
+      let size = unsafe ZSTD_compressCCtx(
+        context, target + offset, room - offset, content + start, chunk, 1)
+      places.append((offset, size))
+      offset += size
     }
     self.frames = frames
     self.places = places
@@ -149,14 +153,14 @@ final class ChunkDecodePeer: @unchecked Sendable {
   func run() throws {
     let pieces = places.count / 256
     try PieceWork(pieces: pieces, threads: 2).run(name: "decode") { (piece) throws(Errno) in
-      let room = BenchmarkRoom(Self.chunk)
+      let room = BenchmarkRoom(self.chunk)
       let context = unsafe ZSTD_createDCtx()
       defer { unsafe ZSTD_freeDCtx(context) }
       for (offset, length) in self.places[piece * 256..<(piece + 1) * 256] {
         // SAFETY: the frame lies in the mapping, and the room is as long as a chunk.
         let size = unsafe ZSTD_decompressDCtx(
-          context, room.pointer, Self.chunk, self.frames.pointer + offset, length)
-        guard size == Self.chunk else { throw .ioError }
+          context, room.pointer, self.chunk, self.frames.pointer + offset, length)
+        guard size == self.chunk else { throw .ioError }
       }
     }
   }

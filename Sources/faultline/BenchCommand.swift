@@ -16,14 +16,15 @@ struct BenchCommand: ParsableCommand {
       faultline bench fault                 latency of one fault, and restores of two sizes
       faultline bench fault --rounds 15 --json
       faultline bench image                 images against zstd
+      faultline bench pager                 fault-around, working sets, filling in bulk
       faultline bench snapshot              snapshots of a running guest
 
       Exit status: 0 all goals met; 1 one was missed.
       """)
 
-  enum Name: String, ExpressibleByArgument, CaseIterable { case fault, image, snapshot }
+  enum Name: String, ExpressibleByArgument, CaseIterable { case fault, image, snapshot, pager }
 
-  @Argument(help: "Which benchmark: fault, image or snapshot.")
+  @Argument(help: "Which benchmark: fault, image, pager or snapshot.")
   var name: Name
   @Option(help: "Rounds of each measurement. (default: 11 of fault, 5 of the others)")
   var rounds: Int?
@@ -47,6 +48,7 @@ struct BenchCommand: ParsableCommand {
     switch name {
     case .fault: try FaultBenchmark(rounds: rounds ?? 11).run(report)
     case .image: try ImageBenchmark(rounds: rounds ?? 5).run(report)
+    case .pager: try PagerBenchmark(rounds: rounds ?? 5).run(report)
     case .snapshot: try SnapshotBenchmark(rounds: rounds ?? 5).run(report)
     }
     if !allMet { throw ExitCode(1) }
