@@ -45,6 +45,7 @@ let package = Package(
     .library(name: "MemoryImage", targets: ["MemoryImage"]),
     .library(name: "Snapshot", targets: ["Snapshot"]),
     .library(name: "Pager", targets: ["Pager"]),
+    .library(name: "VMMAdapters", targets: ["VMMAdapters"]),
   ],
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
@@ -70,6 +71,8 @@ let package = Package(
     library("KVMDirtyTracking", ["KVM", "GuestMemory", "LinuxSystem"]),
     library("MemoryImage", ["LinuxSystem", "CXXHash", "CZstd", "CCrypto"]),
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
+    library(
+      "VMMAdapters", ["Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem"]),
     library(
       "TestGuest", ["KVM", "KVMDirtyTracking", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
     library("Snapshot", ["GuestMemory", "MemoryImage", "LinuxSystem"]),
@@ -137,6 +140,12 @@ let package = Package(
         "LinuxSystem", "Userfault", "CTestSupport",
       ]),
     tests("GuestMemoryModelTests", ["GuestMemoryModel"]),
+    tests(
+      "VMMAdaptersTests",
+      [
+        "VMMAdapters", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem",
+        "fake-firecracker",
+      ]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(
       "PagerTests",
@@ -151,6 +160,10 @@ let package = Package(
         "TestSupport", "Pager", "GuestMemory", "Userfault", "LinuxSystem", systemPackage,
       ],
       path: "Tests/GuestProcess", swiftSettings: swiftSettings),
+    .executableTarget(
+      name: "fake-firecracker",
+      dependencies: ["TestSupport", "Userfault", "LinuxSystem", systemPackage],
+      path: "Tests/FakeFirecracker", swiftSettings: swiftSettings),
     .target(
       name: "CAllocationCount", path: "Tests/CAllocationCount", cSettings: cSettings),
     .executableTarget(
