@@ -46,6 +46,7 @@ let package = Package(
     .library(name: "Snapshot", targets: ["Snapshot"]),
     .library(name: "Pager", targets: ["Pager"]),
     .library(name: "VMMAdapters", targets: ["VMMAdapters"]),
+    .library(name: "HandoverClient", targets: ["HandoverClient"]),
   ],
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
@@ -71,8 +72,10 @@ let package = Package(
     library("KVMDirtyTracking", ["KVM", "GuestMemory", "LinuxSystem"]),
     library("MemoryImage", ["LinuxSystem", "CXXHash", "CZstd", "CCrypto"]),
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
+    library("HandoverProtocol", []),
+    library("HandoverClient", ["HandoverProtocol", "Userfault", "LinuxSystem"]),
     library(
-      "VMMAdapters", ["Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem"]),
+      "VMMAdapters", ["HandoverProtocol", "Pager", "MemoryImage", "Userfault", "LinuxSystem"]),
     library(
       "TestGuest", ["KVM", "KVMDirtyTracking", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
     library("Snapshot", ["GuestMemory", "MemoryImage", "LinuxSystem"]),
@@ -143,8 +146,8 @@ let package = Package(
     tests(
       "VMMAdaptersTests",
       [
-        "VMMAdapters", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem",
-        "fake-firecracker",
+        "VMMAdapters", "HandoverClient", "HandoverProtocol", "Pager", "MemoryImage",
+        "GuestMemory", "Userfault", "LinuxSystem", "fake-firecracker",
       ]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(

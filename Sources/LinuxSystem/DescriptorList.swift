@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import CLinux
+public import SystemPackage
 
 /// The one owner of several descriptors, such as those that came with a message; all that
 /// were not taken out are closed when it goes away.
@@ -29,5 +30,10 @@ public struct DescriptorList: ~Copyable, Sendable {
   /// Takes the first one out; `nil` when there is none.
   public mutating func takeFirst() -> OwnedDescriptor? {
     numbers.isEmpty ? nil : OwnedDescriptor(owning: numbers.removeFirst())
+  }
+
+  /// fstat(2) of one of them.
+  public func status(of index: Int) throws(Errno) -> FileStatus {
+    try FileStatus(ofDescriptor: numbers[index])
   }
 }

@@ -50,6 +50,11 @@ extension UnixSocket {
     return try openProcess(processID)
   }
 
+  /// Whether something can be received, or the peer has closed.
+  public var isReadable: Bool {
+    get throws(Errno) { try PollSet(descriptor.rawValue, -1).wait(milliseconds: 0) != nil }
+  }
+
   /// Waits until something can be received, or the peer has closed.
   ///
   /// - Parameters:

@@ -17,6 +17,10 @@ public struct ContentRange: Sendable, Hashable {
   public let imageRegion: Int
   /// Bytes into that region; a multiple of 4 KiB.
   public let imageOffset: Int
+  /// How absent pages are to be filled.
+  public let mode: ResolutionMode
+  /// What it maps, if that was handed over.
+  public let memory: HandedRegion.Memory?
   /// Which region of the hand-over it is from.
   public let handedRegion: Int
 
@@ -28,9 +32,11 @@ public struct ContentRange: Sendable, Hashable {
 
   /// The range for a session, filled by UFFDIO_COPY.
   ///
-  /// Throws `Errno` when there is no memory for its page states.
+  /// Throws `notSupported` for `.minor`, which the pager does in its own process only, and
+  /// what the kernel says when there is no memory for the page states.
   public func makePagedRegion() throws(Errno) -> PagedRegion {
-    try PagedRegion(
+    guard mode == .missing else { throw .notSupported }
+    return try PagedRegion(
       host: host, pageSize: pageSize, guestAddress: guestAddress, sourceRegion: imageRegion,
       sourceOffset: imageOffset)
   }
@@ -115,7 +121,9 @@ public enum ContentMap {
           host: HostRange(start: region.host.start.advanced(by: done), length: length),
           pageSize: region.pageSize,
           guestAddress: image[span.region].guestAddress.advanced(by: offset),
-          imageRegion: span.region, imageOffset: offset, handedRegion: number))
+          imageRegion: span.region, imageOffset: offset, mode: region.mode,
+          memory: region.memory.map { .init(file: $0.file, offset: $0.offset + done) },
+          handedRegion: number))
       done += length
       index += 1
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import FoundationEssentials
+internal import HandoverProtocol
 public import LinuxSystem
 internal import SystemPackage
 public import Userfault
@@ -106,7 +107,7 @@ public struct FirecrackerHandover: ~Copyable, Sendable {
     do {
       list = try JSONDecoder().decode([WireRegion].self, from: Data(message))
     } catch {
-      throw HandoverError(decoding: error)
+      throw HandoverError(ProtocolError(decoding: error))
     }
     var claims: [ClaimedRegion] = []
     for (number, region) in list.enumerated() {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 public import LinuxSystem
+public import Pager
 
 /// A range of a VMM's memory, as it was handed over and checked.
 public struct HandedRegion: Sendable, Hashable {
@@ -27,7 +28,9 @@ public struct HandedRegion: Sendable, Hashable {
   public let pageSize: PageSize
   /// Where its content is.
   public let content: Content
-  /// What it maps, if that was handed over.
+  /// How its absent pages are to be filled, as its owner registered it.
+  public let mode: ResolutionMode
+  /// What it maps, if that was handed over; never `nil` for `.minor`.
   public let memory: Memory?
 
   /// The content's first byte on its scale.
@@ -49,6 +52,7 @@ struct ClaimedRegion {
   var position: UInt64
   var scale: Scale
   var pageSize: UInt64
+  var mode = ResolutionMode.missing
   var memory: (file: Int, offset: UInt64)?
 
   /// Checks it by itself; all arithmetic stays in range after this.
@@ -84,6 +88,7 @@ struct ClaimedRegion {
       host: HostRange(start: HostAddress(host), length: Int(length)), pageSize: pageSize,
       content: scale == .offset
         ? .offset(Int(position)) : .guestAddress(GuestAddress(position)),
+      mode: mode,
       memory: try memory.map { (memory) throws(HandoverError) in
         guard memory.offset % unit == 0, memory.offset < HandoverLimits.contentEnd else {
           throw invalid("its offset \(memory.offset) in its memory file is not one of a page")
@@ -119,16 +124,23 @@ extension HandedRegion {
     }
     try refuseOverlap(regions, in: "memory") { $0.host.start.rawValue }
     try refuseOverlap(regions, in: "the content that they ask for") { $0.position }
+    for file in Set(regions.compactMap { $0.memory?.file }) {
+      try refuseOverlap(regions, in: "memory file \(file)") {
+        $0.memory?.file == file ? $0.memory.map { UInt64($0.offset) } : nil
+      }
+    }
     return regions
   }
 
+  /// Regions for which `start` is `nil` lie elsewhere.
   private static func refuseOverlap(
-    _ regions: [HandedRegion], in space: String, start: (HandedRegion) -> UInt64
+    _ regions: [HandedRegion], in space: String, start: (HandedRegion) -> UInt64?
   ) throws(HandoverError) {
-    let order = regions.indices.sorted { start(regions[$0]) < start(regions[$1]) }
-    for (left, right) in zip(order, order.dropFirst()) {
+    let places = regions.indices.compactMap { index in start(regions[index]).map { (index, $0) } }
+      .sorted { $0.1 < $1.1 }
+    for ((left, leftStart), (right, rightStart)) in zip(places, places.dropFirst()) {
       // No overflow: both were checked against the end of their space.
-      guard start(regions[left]) + UInt64(regions[left].host.length) <= start(regions[right]) else {
+      guard leftStart + UInt64(regions[left].host.length) <= rightStart else {
         throw HandoverError(
           .invalidRegions, "it overlaps region \(min(left, right)) in \(space)",
           region: max(left, right))

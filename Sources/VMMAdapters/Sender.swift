@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+internal import HandoverProtocol
 internal import LinuxSystem
 internal import SystemPackage
 internal import Userfault
@@ -96,28 +97,14 @@ extension HandoverError {
     return error
   }
 
-  /// What a JSON decoder says, in words about the message.
-  init(decoding error: any Error) {
-    guard let error = error as? DecodingError else {
-      self.init(.malformed, "its JSON cannot be read")
-      return
-    }
-    let path: [any CodingKey]
-    let reason: String
-    switch error {
-    case .keyNotFound(let key, let context):
-      (path, reason) = (context.codingPath, "it has no \"\(key.stringValue)\"")
-    case .typeMismatch(_, let context), .valueNotFound(_, let context):
-      let name = context.codingPath.last { $0.intValue == nil }?.stringValue
-      path = context.codingPath
-      reason = name.map { "\"\($0)\" is not of the right type" } ?? "it is not of the right type"
-    case .dataCorrupted(let context):
-      // Foundation says "not valid JSON" of numbers that do not fit, too.
-      path = context.codingPath
-      reason = "it is not JSON, or has a number that is negative, a fraction or too large"
-    @unknown default:
-      (path, reason) = ([], "its JSON cannot be read")
-    }
-    self.init(.malformed, reason, region: path.lazy.compactMap(\.intValue).first)
+  /// What is wrong with a message.
+  init(_ error: ProtocolError) {
+    let code: Code =
+      switch error.code {
+      case .tooLong: .limitExceeded
+      case .unsupportedVersion: .unsupportedVersion
+      default: .malformed
+      }
+    self.init(code, error.description, region: error.region)
   }
 }
