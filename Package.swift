@@ -147,7 +147,7 @@ let package = Package(
       "VMMAdaptersTests",
       [
         "VMMAdapters", "HandoverClient", "HandoverProtocol", "Pager", "MemoryImage",
-        "GuestMemory", "Userfault", "LinuxSystem", "fake-firecracker",
+        "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport", "fake-firecracker",
       ]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(
