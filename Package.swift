@@ -51,6 +51,7 @@ let package = Package(
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     .package(url: "https://github.com/apple/swift-system", from: "1.8.1"),
+    .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
   ],
   targets: [
     // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer.
@@ -76,6 +77,12 @@ let package = Package(
     library("HandoverClient", ["HandoverProtocol", "Userfault", "LinuxSystem"]),
     library(
       "VMMAdapters", ["HandoverProtocol", "Pager", "MemoryImage", "Userfault", "LinuxSystem"]),
+    .target(
+      name: "DaemonConfiguration",
+      dependencies: [
+        "LinuxSystem", systemPackage, .product(name: "Yams", package: "Yams"),
+      ],
+      swiftSettings: swiftSettings),
     library(
       "TestGuest", ["KVM", "KVMDirtyTracking", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
     library("Snapshot", ["GuestMemory", "MemoryImage", "LinuxSystem"]),
@@ -149,6 +156,7 @@ let package = Package(
         "VMMAdapters", "HandoverClient", "HandoverProtocol", "Pager", "MemoryImage",
         "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport", "fake-firecracker",
       ]),
+    tests("DaemonConfigurationTests", ["DaemonConfiguration"]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(
       "PagerTests",
