@@ -45,10 +45,13 @@ let package = Package(
     .library(name: "MemoryImage", targets: ["MemoryImage"]),
     .library(name: "Snapshot", targets: ["Snapshot"]),
     .library(name: "Pager", targets: ["Pager"]),
+    .library(name: "VMMAdapters", targets: ["VMMAdapters"]),
+    .library(name: "HandoverClient", targets: ["HandoverClient"]),
   ],
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     .package(url: "https://github.com/apple/swift-system", from: "1.8.1"),
+    .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
   ],
   targets: [
     // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer.
@@ -70,6 +73,16 @@ let package = Package(
     library("KVMDirtyTracking", ["KVM", "GuestMemory", "LinuxSystem"]),
     library("MemoryImage", ["LinuxSystem", "CXXHash", "CZstd", "CCrypto"]),
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
+    library("HandoverProtocol", []),
+    library("HandoverClient", ["HandoverProtocol", "Userfault", "LinuxSystem"]),
+    library(
+      "VMMAdapters", ["HandoverProtocol", "Pager", "MemoryImage", "Userfault", "LinuxSystem"]),
+    .target(
+      name: "DaemonConfiguration",
+      dependencies: [
+        "LinuxSystem", systemPackage, .product(name: "Yams", package: "Yams"),
+      ],
+      swiftSettings: swiftSettings),
     library(
       "TestGuest", ["KVM", "KVMDirtyTracking", "GuestMemory", "LinuxSystem", "CGuestProgram"]),
     library("Snapshot", ["GuestMemory", "MemoryImage", "LinuxSystem"]),
@@ -137,6 +150,13 @@ let package = Package(
         "LinuxSystem", "Userfault", "CTestSupport",
       ]),
     tests("GuestMemoryModelTests", ["GuestMemoryModel"]),
+    tests(
+      "VMMAdaptersTests",
+      [
+        "VMMAdapters", "HandoverClient", "HandoverProtocol", "Pager", "MemoryImage",
+        "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport", "fake-firecracker",
+      ]),
+    tests("DaemonConfigurationTests", ["DaemonConfiguration"]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(
       "PagerTests",
@@ -151,6 +171,10 @@ let package = Package(
         "TestSupport", "Pager", "GuestMemory", "Userfault", "LinuxSystem", systemPackage,
       ],
       path: "Tests/GuestProcess", swiftSettings: swiftSettings),
+    .executableTarget(
+      name: "fake-firecracker",
+      dependencies: ["TestSupport", "Userfault", "LinuxSystem", systemPackage],
+      path: "Tests/FakeFirecracker", swiftSettings: swiftSettings),
     .target(
       name: "CAllocationCount", path: "Tests/CAllocationCount", cSettings: cSettings),
     .executableTarget(

@@ -67,6 +67,24 @@ long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descrip
   return -EMSGSIZE;
 }
 
+long clinux_peer_credentials(int fd, int *process, uint32_t *user, uint32_t *group) {
+  struct ucred credentials;
+  socklen_t length = sizeof credentials;
+  long result = clinux_result(getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length));
+  if (result < 0) return result;
+  *process = credentials.pid;
+  *user = credentials.uid;
+  *group = credentials.gid;
+  return 0;
+}
+
+long clinux_peer_pidfd(int fd) {
+  int pidfd = -1;
+  socklen_t length = sizeof pidfd;
+  long result = clinux_result(getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &length));
+  return result < 0 ? result : pidfd;
+}
+
 static void ignore_signal(int signal) { (void)signal; }
 
 long clinux_install_interrupting_handler(int signal) {

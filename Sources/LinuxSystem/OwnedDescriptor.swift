@@ -40,3 +40,31 @@ public struct OwnedDescriptor: ~Copyable, Sendable {
     _ = try check(clinux_set_status_flags(rawValue, wanted))
   }
 }
+
+// MARK: - What the kernel says of it
+
+extension OwnedDescriptor {
+  /// What it refers to, in the kernel's words (/proc/self/fd): a path, or something like
+  /// "anon_inode:[userfaultfd]". The first 4096 bytes.
+  public var kernelName: String {
+    get throws(Errno) {
+      var bytes = [UInt8](repeating: 0, count: 4096)
+      let length = unsafe bytes.withUnsafeMutableBytes { room in
+        unsafe clinux_readlink("/proc/self/fd/\(rawValue)", room.baseAddress, room.count)
+      }
+      return String(decoding: bytes.prefix(try check(length)), as: UTF8.self)
+    }
+  }
+
+  /// What the kernel tells of its state (/proc/self/fdinfo, proc(5)). The first 4096 bytes.
+  public var kernelInformation: String {
+    get throws(Errno) {
+      let file = try OwnedDescriptor(openingForReading: FilePath("/proc/self/fdinfo/\(rawValue)"))
+      var bytes = [UInt8](repeating: 0, count: 4096)
+      let result = unsafe bytes.withUnsafeMutableBytes { room in
+        unsafe clinux_read(file.rawValue, room.baseAddress, room.count)
+      }
+      return String(decoding: bytes.prefix(try check(result)), as: UTF8.self)
+    }
+  }
+}

@@ -23,8 +23,10 @@ public struct PollSet: Sendable {
   }
 
   /// Waits until one can be read or has failed; the last one in the list that has goes
-  /// first. `nil` when a signal came.
-  public func wait() throws(Errno) -> Ready? {
+  /// first. `nil` when the time ran out or a signal came.
+  ///
+  /// - Parameter milliseconds: negative waits for ever.
+  public func wait(milliseconds: CInt = -1) throws(Errno) -> Ready? {
     let wanted = Int16(POLLIN)
     var set = (
       pollfd(fd: first, events: wanted, revents: 0),
@@ -33,7 +35,7 @@ public struct PollSet: Sendable {
     )
     let result = unsafe withUnsafeMutableBytes(of: &set) { bytes in
       // SAFETY: a homogeneous tuple of three pollfd is laid out as an array of three.
-      unsafe clinux_poll(bytes.assumingMemoryBound(to: pollfd.self).baseAddress, 3, -1)
+      unsafe clinux_poll(bytes.assumingMemoryBound(to: pollfd.self).baseAddress, 3, milliseconds)
     }
     if result == -Int(EINTR) { return nil }
     _ = try check(result)

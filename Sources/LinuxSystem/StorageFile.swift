@@ -17,6 +17,18 @@ public struct FileStatus: Hashable, Sendable {
   public let isDirectory: Bool
   /// What tells the file from every other one, whatever its names.
   public let identity: FileIdentity
+
+  init(ofDescriptor number: CInt) throws(Errno) {
+    var status = stat()
+    _ = try unsafe check(clinux_fstat(number, &status))
+    let kind = CInt(bitPattern: status.st_mode) & S_IFMT
+    length = Int(status.st_size)
+    allocatedBytes = Int(status.st_blocks) * 512
+    isRegular = kind == S_IFREG
+    isSymbolicLink = kind == S_IFLNK
+    isDirectory = kind == S_IFDIR
+    identity = FileIdentity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
+  }
 }
 
 /// The device and inode of a file (inode(7)).
@@ -82,16 +94,7 @@ extension OwnedDescriptor {
 
   /// fstat(2).
   public var status: FileStatus {
-    get throws(Errno) {
-      var status = stat()
-      _ = try unsafe check(clinux_fstat(rawValue, &status))
-      let kind = CInt(bitPattern: status.st_mode) & S_IFMT
-      return FileStatus(
-        length: Int(status.st_size), allocatedBytes: Int(status.st_blocks) * 512,
-        isRegular: kind == S_IFREG, isSymbolicLink: kind == S_IFLNK,
-        isDirectory: kind == S_IFDIR,
-        identity: FileIdentity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino)))
-    }
+    get throws(Errno) { try FileStatus(ofDescriptor: rawValue) }
   }
 
   /// The first byte of data at or after an offset (lseek(2), SEEK_DATA); `nil` when

@@ -6,7 +6,9 @@ public import SystemPackage
 public struct UserfaultError: Error, Sendable, CustomStringConvertible {
   /// The kind of failure. A struct, so that kinds can be added.
   public struct Code: Hashable, Sendable {
-    private enum Kind { case unavailable, notPermitted, missingFeatures, failed }
+    private enum Kind {
+      case unavailable, notPermitted, missingFeatures, notUserfaultfd, notNegotiated, failed
+    }
     private let kind: Kind
     private init(_ kind: Kind) { self.kind = kind }
 
@@ -16,6 +18,10 @@ public struct UserfaultError: Error, Sendable, CustomStringConvertible {
     public static let notPermitted = Self(.notPermitted)
     /// The kernel lacks a feature that was required.
     public static let missingFeatures = Self(.missingFeatures)
+    /// A descriptor that was received is something else.
+    public static let notUserfaultfd = Self(.notUserfaultfd)
+    /// A userfaultfd that was received cannot be used yet: its owner never did UFFDIO_API.
+    public static let notNegotiated = Self(.notNegotiated)
     /// Anything else; see `errno`.
     public static let failed = Self(.failed)
   }
@@ -49,6 +55,12 @@ public struct UserfaultError: Error, Sendable, CustomStringConvertible {
         + "to /dev/userfaultfd."
     case .missingFeatures:
       return "This kernel's userfaultfd lacks \(missing)."
+    case .notUserfaultfd:
+      return "The descriptor is \(attempt), not a userfaultfd. Its sender must pass what "
+        + "userfaultfd(2) gave it."
+    case .notNegotiated:
+      return "The userfaultfd was not initialised. Its sender must do UFFDIO_API and register "
+        + "its memory first."
     default:
       return "\(attempt) failed\(reason)."
     }

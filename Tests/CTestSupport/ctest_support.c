@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -81,4 +82,29 @@ int ctest_mount_private_tmpfs(const char *path, const char *options) {
   // Or the mount would show outside as well.
   if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0) return errno;
   return mount("none", path, "tmpfs", 0, options) == 0 ? 0 : errno;
+}
+
+enum { MAX_DESCRIPTORS = 253 };
+
+long ctest_send_descriptor_copies(int socket, const void *bytes, size_t length, int descriptor,
+                                  int count) {
+  if (count < 1 || count > MAX_DESCRIPTORS) return -1;
+  union {
+    char bytes[CMSG_SPACE(MAX_DESCRIPTORS * sizeof(int))];
+    struct cmsghdr alignment;
+  } control;
+  memset(&control, 0, sizeof control);
+  struct iovec vector = {.iov_base = (void *)bytes, .iov_len = length};
+  struct msghdr message = {.msg_iov = &vector,
+                           .msg_iovlen = 1,
+                           .msg_control = control.bytes,
+                           .msg_controllen = CMSG_SPACE((size_t)count * sizeof(int))};
+  struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN((size_t)count * sizeof(int));
+  for (int i = 0; i < count; i++) {
+    memcpy(CMSG_DATA(header) + (size_t)i * sizeof(int), &descriptor, sizeof(int));
+  }
+  return sendmsg(socket, &message, MSG_NOSIGNAL);
 }

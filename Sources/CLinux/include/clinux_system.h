@@ -29,6 +29,12 @@
 #include <time.h>
 #include <unistd.h>
 
+// Linux 6.5
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77
+#endif
+_Static_assert(SO_PEERPIDFD == 77, "SO_PEERPIDFD");
+
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
@@ -73,6 +79,11 @@ static inline long clinux_link_open_file(int fd, int dirfd, const char *path) {
   char name[32];
   snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
   return clinux_result(linkat(AT_FDCWD, name, dirfd, path, AT_SYMLINK_FOLLOW));
+}
+/// The target of a symbolic link, without a terminating zero; returns its length, which is
+/// `length` when it was cut.
+static inline long clinux_readlink(const char *path, char *out, size_t length) {
+  return clinux_result(readlink(path, out, length));
 }
 static inline long clinux_renameat(int olddir, const char *from, int newdir, const char *to) {
   return clinux_result(renameat(olddir, from, newdir, to));
@@ -155,6 +166,15 @@ long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descrip
 long clinux_try_lock(int fd);
 /// Copies memory of this process by process_vm_readv(2); how many bytes it got.
 long clinux_copy_own_memory(void *to, uintptr_t from, size_t length);
+
+/// Sends what fits without waiting.
+static inline long clinux_send_nowait(int fd, const void *bytes, size_t length) {
+  return clinux_result(send(fd, bytes, length, MSG_NOSIGNAL | MSG_DONTWAIT));
+}
+/// SO_PEERCRED.
+long clinux_peer_credentials(int fd, int *process, uint32_t *user, uint32_t *group);
+/// SO_PEERPIDFD: a pidfd of the peer; ENOPROTOOPT before Linux 6.5.
+long clinux_peer_pidfd(int fd);
 
 static inline uint64_t clinux_monotonic_nanoseconds(void) {
   struct timespec now;

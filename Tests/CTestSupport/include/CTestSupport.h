@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What tests need of C: fork without exec, and touching memory that may be poisoned.
+// What tests need of C: fork without exec, touching memory that may be poisoned,
+// and messages with more descriptors than the library sends.
 #ifndef FAULTLINE_CTESTSUPPORT_H
 #define FAULTLINE_CTESTSUPPORT_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 /// Forks; the child exits at once with 0. Returns the child's id after having waited
@@ -23,5 +25,10 @@ void ctest_unmap(uintptr_t address, uintptr_t length);
 /// Puts an empty tmpfs on a directory, for the calling thread and those that it starts
 /// (unshare(2), CLONE_NEWNS); it is gone with the last of them. Returns 0 or the errno.
 int ctest_mount_private_tmpfs(const char *path, const char *options);
+
+/// Sends bytes with one descriptor many times over, up to 253 (SCM_RIGHTS). Returns the
+/// bytes that were sent, or -1.
+long ctest_send_descriptor_copies(int socket, const void *bytes, size_t length, int descriptor,
+                                  int count);
 
 #endif

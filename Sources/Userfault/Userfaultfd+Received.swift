@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+
+public import LinuxSystem
+internal import SystemPackage
+
+// A userfaultfd that came from another process, which may be wrong about it or lie.
+extension Userfaultfd {
+  /// Takes over a descriptor that another process sent, after a look at what it is.
+  ///
+  /// The kernel says so itself: /proc/self/fd names the kind, /proc/self/fdinfo has the
+  /// negotiated features (fs/userfaultfd.c, userfaultfd_show_fdinfo). UFFDIO_POISON works
+  /// also where its feature was not negotiated, so `features` has `.poison` if this kernel
+  /// knows it.
+  ///
+  /// Throws `.notUserfaultfd`, `.notNegotiated`, and `.failed` when /proc cannot be read. The
+  /// descriptor is closed then.
+  public init(receiving descriptor: consuming OwnedDescriptor) throws(UserfaultError) {
+    let name: String
+    let information: String
+    do throws(Errno) {
+      name = try descriptor.kernelName
+      information = try descriptor.kernelInformation
+    } catch {
+      throw UserfaultError(
+        .failed, attempt: "Looking at a received descriptor in /proc/self", errno: error)
+    }
+    guard name == "anon_inode:[userfaultfd]" else {
+      throw UserfaultError(.notUserfaultfd, attempt: name)
+    }
+    guard let negotiated = Self.negotiatedFeatures(information) else {
+      throw UserfaultError(.notNegotiated, attempt: "UFFDIO_API by the sender")
+    }
+    let supported = (try? Self.supportedFeatures(userModeOnly: true)) ?? []
+    do throws(Errno) {
+      try self.init(
+        adopting: descriptor, features: negotiated.union(supported.intersection(.poison)))
+    } catch {
+      throw UserfaultError(
+        .failed, attempt: "Making a received userfaultfd non-blocking", errno: error)
+    }
+  }
+
+  /// The features in the line "API:\taa:FEATURES:IOCTLS" of fdinfo; `nil` before
+  /// UFFDIO_API.
+  static func negotiatedFeatures(_ information: String) -> UserfaultFeatures? {
+    // The kernel keeps a bit of its own among them (UFFD_FEATURE_INITIALIZED).
+    let initialized: UInt64 = 1 << 31
+    for line in information.split(separator: "\n") where line.hasPrefix("API:") {
+      let fields = line.dropFirst(4).split(separator: ":")
+      guard fields.count == 3, let bits = UInt64(fields[1], radix: 16), bits & initialized != 0
+      else { return nil }
+      return UserfaultFeatures(rawValue: bits & ~initialized)
+    }
+    return nil
+  }
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import HandoverProtocol
+public import LinuxSystem
+internal import Pager
+internal import SystemPackage
+public import Userfault
+
+/// What a VMM handed over by docs/handover.md, checked.
+@frozen
+public struct HandoverRequest: ~Copyable, Sendable {
+  /// The VMM's name for logs; no control characters.
+  public let name: String?
+  /// Which image; safe as the name of a file in a directory.
+  public let image: String?
+  /// The memory, in the order of the message; all with an offset, or all with a guest
+  /// address.
+  public let regions: [HandedRegion]
+  /// Whether to record which pages are touched first; `nil`: as configured.
+  public let record: Bool?
+  /// Bytes per second to fill in the background, 0 for none; `nil`: as configured.
+  public let fillRate: Int?
+  /// Watches the VMM's memory; the ranges are registered already.
+  public let userfaultfd: Userfaultfd
+  /// The memory files that regions name by their number.
+  public let memoryFiles: DescriptorList
+  /// Who connected.
+  public let peer: PeerCredentials
+  /// A pidfd of the process that connected.
+  public let process: OwnedDescriptor
+
+  /// Checks a message and the descriptors that came with it.
+  init(
+    _ message: AttachMessage, _ received: consuming DescriptorList, limits: HandoverLimits,
+    peer: PeerCredentials, process: consuming OwnedDescriptor
+  ) throws(HandoverError) {
+    var descriptors = received
+    if let name = message.name { try Self.check(name: name) }
+    if let image = message.image { try Self.check(image: image) }
+    guard message.descriptors.count == descriptors.count else {
+      throw HandoverError(
+        .invalidDescriptor,
+        "\"descriptors\" has \(message.descriptors.count) and \(descriptors.count) came")
+    }
+    guard message.descriptors.first == .userfaultfd,
+      message.descriptors.dropFirst().allSatisfy({ $0 == .memory })
+    else {
+      throw HandoverError(
+        .invalidDescriptor, "\"descriptors\" is not one userfaultfd, then memory files")
+    }
+    let regions = try HandedRegion.check(
+      try Self.claims(message.regions, memoryFiles: descriptors.count - 1), limit: limits.regions)
+    let fillRate = message.options?.fillRate
+    guard (fillRate ?? 0) <= HandoverLimits.contentEnd else {
+      throw HandoverError(.malformed, "\"fill_rate\" is too large")
+    }
+    let userfaultfd = try receivedUserfaultfd(&descriptors)
+    try Self.check(regions, against: descriptors)
+    self.name = message.name
+    self.image = message.image
+    self.regions = regions
+    self.record = message.options?.record
+    self.fillRate = fillRate.map(Int.init)
+    self.userfaultfd = userfaultfd
+    memoryFiles = descriptors
+    self.peer = peer
+    self.process = process
+  }
+
+  // MARK: - Rules
+
+  private static func check(name: String) throws(HandoverError) {
+    guard (1...255).contains(name.utf8.count),
+      name.unicodeScalars.allSatisfy({ $0.properties.generalCategory != .control })
+    else {
+      throw HandoverError(.malformed, "\"name\" has not 1 to 255 bytes without control characters")
+    }
+  }
+
+  private static func check(image: String) throws(HandoverError) {
+    let allowed = image.utf8.allSatisfy { byte in
+      switch byte {
+      case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),
+        UInt8(ascii: "0")...UInt8(ascii: "9"), UInt8(ascii: "."), UInt8(ascii: "_"),
+        UInt8(ascii: "-"):
+        true
+      default: false
+      }
+    }
+    guard (1...255).contains(image.utf8.count), allowed, !image.hasPrefix(".") else {
+      throw HandoverError(
+        .malformed, "\"image\" has not 1 to 255 of A-Z a-z 0-9 . _ -, or begins with a dot")
+    }
+  }
+
+  private static func claims(
+    _ regions: [AttachMessage.Region], memoryFiles: Int
+  ) throws(HandoverError) -> [ClaimedRegion] {
+    var claims: [ClaimedRegion] = []
+    for (number, region) in regions.enumerated() {
+      let position: (UInt64, ClaimedRegion.Scale)
+      switch (region.guestAddress, region.offset) {
+      case (.some(let address), nil): position = (address, .guestAddress)
+      case (nil, .some(let offset)): position = (offset, .offset)
+      default:
+        throw HandoverError(
+          .malformed, "it has not one of \"guest_address\" and \"offset\"", region: number)
+      }
+      let mode: ResolutionMode = region.mode == .minor ? .minor : .missing
+      guard mode == .missing || region.memory != nil else {
+        throw HandoverError(
+          .malformed, "its mode is minor and it has no \"memory\"", region: number)
+      }
+      if let file = region.memory, !(0..<memoryFiles).contains(file) {
+        throw HandoverError(
+          .invalidDescriptor, "there is no memory file \(file)", region: number)
+      }
+      claims.append(
+        ClaimedRegion(
+          host: region.hostAddress, length: region.length, position: position.0,
+          scale: position.1, pageSize: region.pageSize ?? 4096, mode: mode,
+          memory: region.memory.map { ($0, region.memoryOffset ?? 0) }))
+    }
+    return claims
+  }
+
+  /// Each part that a region maps has to be in its memory file.
+  private static func check(
+    _ regions: [HandedRegion], against memoryFiles: borrowing DescriptorList
+  ) throws(HandoverError) {
+    var lengths: [Int] = []
+    for index in 0..<memoryFiles.count {
+      let status: FileStatus
+      do throws(Errno) {
+        status = try memoryFiles.status(of: index)
+      } catch {
+        throw HandoverError(
+          .inputOutput, "memory file \(index) cannot be looked at", errno: error)
+      }
+      guard status.isRegular else {
+        throw HandoverError(.invalidDescriptor, "memory file \(index) is no memory file")
+      }
+      lengths.append(status.length)
+    }
+    for (number, region) in regions.enumerated() {
+      guard let memory = region.memory else { continue }
+      guard memory.offset <= lengths[memory.file],
+        region.host.length <= lengths[memory.file] - memory.offset
+      else {
+        throw HandoverError(
+          .invalidRegions, "it passes the end of memory file \(memory.file)", region: number)
+      }
+    }
+  }
+}

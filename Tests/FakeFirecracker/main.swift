@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// A Firecracker as a handler sees it, in a process of its own: hands over its memory,
+// touches it all, gives pages back, and says what was wrong.
+// Usage: fake-firecracker SOCKET REGIONS PAGES PAGE-SIZE NAMING PIECE
+//
+// It exits when its standard input ends.
+
+import Glibc
+import LinuxSystem
+import SystemPackage
+import TestSupport
+import Userfault
+
+let arguments = CommandLine.arguments
+guard arguments.count == 7, let regions = Int(arguments[2]), let pages = Int(arguments[3]),
+  let pageSize = Int(arguments[4]).flatMap(PageSize.init(rawValue:)),
+  let naming = FakeFirecracker.Naming(rawValue: arguments[5]), let piece = Int(arguments[6])
+else {
+  fatalError("usage: fake-firecracker SOCKET REGIONS PAGES PAGE-SIZE NAMING PIECE")
+}
+let firecracker = try FakeFirecracker(
+  regions: regions, pages: pages, pageSize: pageSize, naming: naming)
+let socket = try UnixSocket(connectingTo: FilePath(arguments[1]))
+try firecracker.send(on: socket, piece: piece)
+print("sent")
+print("wrong \(try firecracker.wrongBlocks())")
+var notZero = 0
+for region in 0..<regions {
+  try firecracker.giveBack(region: region, page: 0)
+  if firecracker.word(region: region, page: 0) != 0 { notZero += 1 }
+}
+print("not zero \(notZero)")
+while readLine() != nil {}
+// The socket and the descriptor stay open to the end, as Firecracker's do.
+withExtendedLifetime(firecracker) {}
+withExtendedLifetime(socket) {}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+
+import Foundation
+import Glibc
+import LinuxSystem
+import MemoryImage
+import Pager
+import SystemPackage
+import TestSupport
+import Testing
+
+@testable import VMMAdapters
+
+/// The executable `fake-firecracker`, and the connection that it made.
+private final class FirecrackerProcess: Sendable {
+  let process: Process
+  let socket: UnixSocket
+  private let input = Pipe()
+  private let output = Pipe()
+
+  init(
+    _ directory: String, regions: Int, pages: Int, pageSize: PageSize = .size4KiB, piece: Int = 50
+  ) throws {
+    let path = directory + "/socket"
+    let listener = try UnixListener(path: FilePath(path))
+    defer { try? FileManager.default.removeItem(atPath: path) }
+    let process = Process()
+    process.executableURL = builtProduct("fake-firecracker")
+    process.arguments = [
+      path, "\(regions)", "\(pages)", "\(pageSize.bytes)", "both", "\(piece)",
+    ]
+    process.standardInput = input
+    process.standardOutput = output
+    try process.run()
+    socket = try listener.accept()
+    self.process = process
+  }
+
+  deinit { kill() }
+
+  func kill() {
+    if process.isRunning { _ = Glibc.kill(process.processIdentifier, SIGKILL) }
+    process.waitUntilExit()
+  }
+
+  /// Lets it end, and what it printed.
+  func finish() throws -> [String] {
+    try input.fileHandleForWriting.close()
+    process.waitUntilExit()
+    let text = try output.fileHandleForReading.readToEnd().map {
+      String(decoding: $0, as: UTF8.self)
+    }
+    return (text ?? "").split(separator: "\n").map(String.init)
+  }
+}
+
+@Suite("Firecracker is another process")
+struct FirecrackerProcessTests {
+  @Test("It is known by its number, served, and gets zeros for what it gave back")
+  func serves() throws {
+    try withTemporaryDirectory { directory in
+      let image = try makePatternImage(directory + "/image", regions: imageRegions([100, 412]))
+      let firecracker = try FirecrackerProcess(directory, regions: 8, pages: 64)
+      let handover = try FirecrackerHandover.receive(on: firecracker.socket)
+      #expect(handover.peer.processID == firecracker.process.processIdentifier)
+      let session = try makeSession(handover, image)
+      try session.start()
+      #expect(try firecracker.finish() == ["sent", "wrong 0", "not zero 0"])
+      #expect(Delay.until { session.hasEnded })
+      session.release()
+    }
+  }
+
+  @Test("A VM that is killed ends its session, and the connection")
+  func killed() throws {
+    try withTemporaryDirectory { directory in
+      let image = try makePatternImage(directory + "/image", regions: imageRegions([512]))
+      let firecracker = try FirecrackerProcess(directory, regions: 8, pages: 64)
+      let handover = try FirecrackerHandover.receive(on: firecracker.socket)
+      let session = try makeSession(handover, image)
+      try session.start()
+      firecracker.kill()
+      #expect(Delay.until { session.hasEnded })
+      #expect(try firecracker.socket.receive(limit: 1).bytes.isEmpty)
+      session.release()
+    }
+  }
+
+  @Test("Sessions of VMs that came and went leave no descriptor behind")
+  func leavesNothingBehind() async {
+    await #expect(processExitsWith: .success) {
+      try withTemporaryDirectory { directory in
+        let image = try makePatternImage(directory + "/image", regions: imageRegions([64]))
+        func cycle() throws {
+          let firecracker = try FirecrackerProcess(directory, regions: 2, pages: 32)
+          let handover = try FirecrackerHandover.receive(on: firecracker.socket)
+          let session = try makeSession(handover, image)
+          try session.start()
+          _ = try firecracker.finish()
+          session.release()
+        }
+        for _ in 0..<3 { try cycle() }
+        let before = openDescriptorCount()
+        for _ in 0..<10 { try cycle() }
+        precondition(Delay.until { openDescriptorCount() <= before }, "descriptors leak")
+        precondition(openDescriptors(of: "userfaultfd") == 0)
+        precondition(openDescriptors(of: "pidfd") == 0)
+      }
+    }
+  }
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+
+import Foundation
+import LinuxSystem
+import MemoryImage
+import Pager
+import SystemPackage
+import TestSupport
+import Userfault
+
+@testable import VMMAdapters
+
+/// An image whose regions, one after the other, hold what `PatternSource` says.
+func makePatternImage(_ path: String, regions: [ImageRegion]) throws -> MemoryImage {
+  let writer = try ImageWriter(path: FilePath(path), regions: regions)
+  var block = 0
+  for (number, region) in regions.enumerated() {
+    for index in 0..<region.blockCount {
+      let words = [UInt64](
+        repeating: PatternSource.word(block: block + index, seed: 7), count: 512)
+      try unsafe words.withUnsafeBytes { bytes in
+        try unsafe writer.blocks.write(region: number, firstBlock: index, bytes: bytes)
+      }
+    }
+    block += region.blockCount
+  }
+  try writer.finish()
+  return try MemoryImage(path: FilePath(path))
+}
+
+/// Regions of some numbers of 4 KiB blocks, with gaps in guest memory.
+func imageRegions(_ blocks: [Int], pageSize: PageSize = .size4KiB) -> [ImageRegion] {
+  var address: UInt64 = 0
+  return blocks.enumerated().map { number, count in
+    defer { address += UInt64(count * 4096) + (64 << 20) }
+    return ImageRegion(
+      name: "ram\(number)", guestAddress: GuestAddress(address), length: count * 4096,
+      pageSize: pageSize)
+  }
+}
+
+/// A session over what was handed over.
+func makeSession(
+  _ ranges: [ContentRange], _ image: MemoryImage, userfaultfd: consuming Userfaultfd,
+  process: consuming OwnedDescriptor
+) throws -> PagerSession<ImageSource> {
+  try PagerSession(
+    userfaultfd: userfaultfd, regions: try ranges.map { range in try range.makePagedRegion() },
+    source: ImageSource(image), registers: false, process: process)
+}
+
+/// A session for a hand-over of Firecracker's.
+func makeSession(
+  _ handover: consuming FirecrackerHandover, _ image: MemoryImage
+) throws -> PagerSession<ImageSource> {
+  let ranges = try ContentMap.ranges(of: handover.regions, in: image.regions)
+  return try makeSession(
+    ranges, image, userfaultfd: handover.userfaultfd, process: handover.process)
+}
+
+/// Limits that a socket's buffer has room for, so that a sender never waits.
+let smallLimits = HandoverLimits(messageBytes: 32 << 10, regions: 100, timeoutMilliseconds: 2000)
+
+/// What the receiving side says of a message with descriptors whose sender closes after it;
+/// `nil` when it takes it.
+func refusal(
+  of message: [UInt8], descriptors: [CInt], limits: HandoverLimits = smallLimits
+) throws -> HandoverError? {
+  let second = try sentAndClosed(message, descriptors: descriptors)
+  do throws(HandoverError) {
+    _ = try FirecrackerHandover.receive(on: second, limits: limits)
+    return nil
+  } catch {
+    return error
+  }
+}
+
+/// The end of a connection whose other end has sent something and closed.
+func sentAndClosed(_ message: [UInt8], descriptors: [CInt]) throws -> UnixSocket {
+  let pair = try UnixSocket.pair()
+  let first = pair.first
+  if !message.isEmpty { try first.send(message, descriptors: descriptors) }
+  return pair.second
+}
