@@ -75,7 +75,7 @@ struct RoundTripTests {
       #expect(restored.verifiedPages == image.guestPages)
       #expect(restored.populatedPages > 0)
       #expect(restored.copiedPages + restored.continuedPages == restored.populatedPages)
-      let lazy: Restored = try image.restore("--json").json()
+      let lazy: Restored = try image.restore("--json", "--fault-around", "0").json()
       #expect(lazy.populatedPages == 0)
       #expect(restored.faults < lazy.faults)
     }
@@ -84,13 +84,32 @@ struct RoundTripTests {
   @Test("touch touches every page once, and times it", arguments: orders)
   func touch(_ order: String) throws {
     try withImage { image in
-      let outcome = try image.restore("--json", "--workload", "touch", "--order", order)
+      let outcome = try image.restore(
+        "--json", "--workload", "touch", "--order", order, "--fault-around", "0")
       #expect(outcome.ending == .exit(0), "\(outcome)")
       let restored: Restored = try outcome.json()
       #expect(restored.touchedPages == image.guestPages)
       #expect(restored.faults >= image.guestPages)
       #expect((restored.touchP50Nanoseconds ?? 0) > 0)
       #expect(restored.verifiedPages == nil)
+    }
+  }
+
+  @Test("What was recorded comes before it is touched", arguments: Surroundings.guests)
+  func workingSet(_ guest: String) throws {
+    try withImage(guest: guest) { image in
+      let recorded = try image.restore("--record", "--order", "random")
+      #expect(recorded.ending == .exit(0), "\(recorded)")
+      #expect(recorded.output.contains("pages recorded"))
+      #expect(try faultline("image", "info", image.path).output.contains("working set"))
+      let restored: Restored = try image.restore("--json", "--order", "random").json()
+      #expect(restored.wrongPages == 0)
+      #expect(restored.populatedPages > 0)
+      let without: Restored = try image.restore(
+        "--json", "--order", "random", "--no-working-set", "--fault-around", "0"
+      ).json()
+      #expect(without.populatedPages == 0)
+      #expect(without.wrongPages == 0)
     }
   }
 

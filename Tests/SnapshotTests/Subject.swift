@@ -128,7 +128,26 @@ final class Subject: SnapshotGuest {
     #expect(
       Delay.until { guest.batches > before + 8 }, "the guest stands still", sourceLocation: location
     )
-    #expect(Host.threads(named: "dirty-wp") == 0, sourceLocation: location)
+    #expect(!(try isWriteProtected), "it is still watched", sourceLocation: location)
+  }
+
+  /// Whether userfaultfd watches writes to the memory: the flag "uw" in /proc/self/smaps.
+  var isWriteProtected: Bool {
+    get throws {
+      let address = memory.range.start.rawValue
+      let smaps = try Host.processFile("smaps")
+      var isOurs = false
+      for line in smaps.split(separator: "\n") {
+        let words = line.split(separator: " ")
+        let bounds = words[0].split(separator: "-").compactMap { UInt64($0, radix: 16) }
+        if bounds.count == 2 {
+          isOurs = bounds[0] <= address && address < bounds[1]
+        } else if isOurs, words[0] == "VmFlags:" {
+          return words.contains("uw")
+        }
+      }
+      throw Errno.noSuchAddressOrDevice
+    }
   }
 
   /// Runs a saved guest; it verifies its own memory.

@@ -23,6 +23,12 @@ package enum Host {
     try FileManager.default.contentsOfDirectory(atPath: "/proc/self/task").count
   }
 
+  /// All of a file of /proc: `String(contentsOfFile:)` stops after the first part of a long one.
+  package static func processFile(_ name: String) throws -> String {
+    let file = try FileHandle(forReadingFrom: URL(fileURLWithPath: "/proc/self/\(name)"))
+    return String(decoding: try file.readToEnd() ?? Data(), as: UTF8.self)
+  }
+
   /// Threads of this process with a name.
   package static func threads(named name: String) -> Int {
     let tasks = (try? FileManager.default.contentsOfDirectory(atPath: "/proc/self/task")) ?? []
