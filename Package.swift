@@ -138,6 +138,7 @@ let package = Package(
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
     tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash", "CCrypto"]),
+    tests("MemoryImportTests", ["MemoryImport", "MemoryImage", "LinuxSystem"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),
     tests(

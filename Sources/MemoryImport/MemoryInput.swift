@@ -98,21 +98,14 @@ extension MemoryInput {
   ) throws(ImportError) -> (file: Int, range: Range<Int>)? {
     var best: (file: Int, range: Range<Int>)?
     var end = range.upperBound
-    // From the highest layer down: data further down counts up to where that above begins.
+    // From the highest layer down: data further down counts up to where data above begins,
+    // so what is found last comes first and has nothing above it.
     for file in layers.indices.reversed() where range.lowerBound < end {
       guard let found = try layers[file].nextData(in: range.lowerBound..<end) else { continue }
       best = (file, found)
       end = found.lowerBound
     }
-    guard let (file, found) = best else { return nil }
-    // It may reach over data of a higher layer.
-    var upper = found.upperBound
-    for higher in layers.indices where higher > file {
-      if let above = try layers[higher].nextData(in: found.lowerBound..<upper) {
-        upper = above.lowerBound
-      }
-    }
-    return (file, found.lowerBound..<upper)
+    return best
   }
 
   /// Binary search for the first piece that ends after an offset.
@@ -169,6 +162,12 @@ extension MemoryInput: RegionSource {
       hasData = true
     }
     return hasData
+  }
+
+  /// Where the first byte at or after an offset is that a file holds; `nil` when only zeros
+  /// follow. Throws what `nextExtent` throws.
+  public func nextData(region: Int, from offset: Int) throws(ImportError) -> Int? {
+    try nextExtent(region: region, from: offset)?.offset
   }
 
   @unsafe private func zero(_ buffer: UnsafeMutableRawBufferPointer) {

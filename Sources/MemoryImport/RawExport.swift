@@ -25,8 +25,8 @@ public enum RawExport {
   /// memory.
   ///
   /// - Parameters:
-  ///   - progress: told after each MiB at most, how many bytes of memory are done and how many
-  ///     there are.
+  ///   - progress: told after each MiB of data, and after each hole, how many bytes of memory are
+  ///     done and how many there are.
   /// - Throws: `source` when the source fails, with what it threw in `cause`; `inputOutput`
   ///   (`Errno.noSpace` when the disk is full); `invalidLayout` for regions that overlap or do
   ///   not fit the arrangement.
@@ -44,16 +44,21 @@ public enum RawExport {
       var done = 0
       progress(done, total)
       for (number, region) in regions.enumerated() {
-        for offset in stride(from: 0, to: region.length, by: step) {
+        var offset = 0
+        while offset < region.length {
+          let data = try next(source, number, offset, path) ?? region.length
+          // Whole pages; also of a source whose holes end elsewhere.
+          let start = max(offset, min(data, region.length) & ~(ImageLimits.blockSize - 1))
           // SAFETY: the mapping is one step long.
           let bytes = unsafe UnsafeMutableRawBufferPointer(
-            start: buffer.pointer, count: min(step, region.length - offset))
-          if try unsafe read(source, number, offset, bytes, path) {
+            start: buffer.pointer, count: min(step, region.length - start))
+          if start < region.length, try unsafe read(source, number, start, bytes, path) {
             try unsafe writeData(
               UnsafeRawBufferPointer(bytes), to: pending.descriptor,
-              at: places.starts[number] + offset)
+              at: places.starts[number] + start)
           }
-          done += bytes.count
+          done += start + bytes.count - offset
+          offset = start + bytes.count
           progress(done, total)
         }
       }
@@ -69,6 +74,16 @@ public enum RawExport {
 
   // MARK: - Steps
 
+  private static func next<Source: RegionSource>(
+    _ source: Source, _ region: Int, _ offset: Int, _ path: FilePath
+  ) throws(ImportError) -> Int? {
+    do throws(Source.Failure) {
+      return try source.nextData(region: region, from: offset)
+    } catch {
+      throw unreadable(source.regions[region], offset, error, path)
+    }
+  }
+
   @unsafe private static func read<Source: RegionSource>(
     _ source: Source, _ region: Int, _ offset: Int, _ buffer: UnsafeMutableRawBufferPointer,
     _ path: FilePath
@@ -77,11 +92,17 @@ public enum RawExport {
       // SAFETY: the caller vouches for the buffer.
       return try unsafe source.read(region: region, offset: offset, into: buffer)
     } catch {
-      throw ImportError(
-        .source, path,
-        "nothing was written, because the memory of region "
-          + "\"\(source.regions[region].name)\" cannot be read at offset \(offset)", cause: error)
+      throw unreadable(source.regions[region], offset, error, path)
     }
+  }
+
+  private static func unreadable(
+    _ region: ImageRegion, _ offset: Int, _ cause: any Error, _ path: FilePath
+  ) -> ImportError {
+    ImportError(
+      .source, path,
+      "nothing was written, because the memory of region \"\(region.name)\" "
+        + "cannot be read at offset \(offset)", cause: cause)
   }
 
   /// Writes the pages that are not zero, neighbours together.

@@ -17,4 +17,13 @@ public protocol RegionSource {
   @unsafe func read(
     region: Int, offset: Int, into buffer: UnsafeMutableRawBufferPointer
   ) throws(Failure) -> Bool
+
+  /// Where the first byte at or after an offset is that may not be zero; `nil` when there is
+  /// none. It lets an export go over holes without reading them.
+  func nextData(region: Int, from offset: Int) throws(Failure) -> Int?
+}
+
+extension RegionSource {
+  /// The offset: nothing is known about zeros.
+  public func nextData(region: Int, from offset: Int) throws(Failure) -> Int? { offset }
 }
