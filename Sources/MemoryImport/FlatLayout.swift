@@ -27,6 +27,15 @@ public enum FlatLayout: Sendable, Hashable {
     }
   }
 
+  /// The smallest pages of the memory.
+  var smallestPage: PageSize {
+    switch self {
+    case .contiguous(_, let pageSize), .firecracker(_, let pageSize): pageSize
+    case .regions(let regions):
+      regions.map(\.pageSize).min { $0.bytes < $1.bytes } ?? .size4KiB
+    }
+  }
+
   private static func split(
     _ length: Int, _ windows: [(start: Int, end: Int)], _ pageSize: PageSize
   ) -> [ImageRegion] {
@@ -79,8 +88,9 @@ extension MemoryInput {
   /// A memory file of Firecracker's and the diffs that were taken after it, oldest first.
   ///
   /// A diff is a file of the same length: its data replaces the base's, its holes leave the
-  /// base as it is. So the filesystem must report holes, and in units no larger than a page:
-  /// on one that keeps larger records (ZFS, for one) a diff says more than was written.
+  /// base as it is. So the filesystem must report holes, and keep pieces no larger than a page:
+  /// on one with larger pieces (ZFS, tmpfs with huge pages) a diff says more than was written.
+  /// This is checked where the diff is now; where it was written cannot be.
   ///
   /// - Throws: what `raw` throws; `lengthMismatch` for a diff of another length,
   ///   `holesUnknown` for one whose holes cannot be told, `limitExceeded` for too many.
@@ -102,10 +112,9 @@ extension MemoryInput {
           "it has \(diff.length) bytes, and the memory file \(memory) has \(base.length)",
           remedy: "A diff is as long as the memory file; name one of the same machine.")
       }
-      guard try !diff.hidesHoles() else {
+      if let reason = try diff.holesAreUnknown(pageSize: layout.smallestPage) {
         throw ImportError(
-          .holesUnknown, path,
-          "its filesystem does not tell its holes, so it is not known what the diff changes")
+          .holesUnknown, path, "\(reason), so it is not known what the diff changes")
       }
       layers.append(diff)
     }

@@ -95,7 +95,7 @@ extension ImportError: CustomStringConvertible {
     case .limitExceeded: "ImportLimits lists what is read."
     case .lengthMismatch: "Name files of the same machine."
     case .holesUnknown:
-      "Copy the file, holes kept (cp --sparse=never does not), to a filesystem that reports them."
+      "Take diffs on a filesystem that keeps single pages and reports holes, such as ext4 or XFS."
     case .outOfRange: "Ask for bytes that the regions have."
     case .source: "The target is unchanged; remove the cause and export again."
     case .inputOutput:

@@ -43,13 +43,21 @@ final class InputFile: Sendable {
     }
   }
 
-  /// Whether a file that lacks blocks claims to have no hole: its filesystem does not tell,
-  /// or the holes are compressed zeros.
-  func hidesHoles() throws(ImportError) -> Bool {
-    guard reportsHoles else { return true }
+  /// Why a file's holes cannot be told page by page; `nil` if they can.
+  ///
+  /// Some filesystems keep larger pieces than pages (st_blksize: ZFS, tmpfs with huge pages),
+  /// some do not tell holes at all: then a file that lacks blocks claims to have none.
+  func holesAreUnknown(pageSize: PageSize) throws(ImportError) -> String? {
+    guard reportsHoles else { return "its filesystem does not report holes" }
     return try seeking(from: 0) { descriptor throws(Errno) in
-      guard try descriptor.nextHole(from: 0) == length else { return false }
-      return try descriptor.status.allocatedBytes < length
+      let status = try descriptor.status
+      if status.blockLength > pageSize.bytes {
+        return "its filesystem keeps pieces of \(status.blockLength) bytes, not pages"
+      }
+      if try descriptor.nextHole(from: 0) == length, status.allocatedBytes < length {
+        return "its filesystem does not report the holes that it has"
+      }
+      return nil
     }
   }
 

@@ -143,4 +143,31 @@ struct DiffTests {
       #expect(error?.code == .limitExceeded)
     }
   }
+
+  @Test(
+    "A diff where single pages are not kept is refused, but not for guests with huge pages",
+    .enabled(if: Host.hasPrivileges, "mounting a filesystem takes root"),
+    .enabled(
+      if: FileManager.default.fileExists(atPath: "/sys/kernel/mm/transparent_hugepage"),
+      "this kernel has no transparent huge pages"))
+  func largePieces() throws {
+    try withDirectory { directory in
+      let mounted = directory.appending("huge")
+      try FileManager.default.createDirectory(
+        atPath: mounted.string, withIntermediateDirectories: false)
+      try #require(
+        unsafe mount("tmpfs", mounted.string, "tmpfs", 0, "size=16m,huge=always") == 0,
+        "mount: \(Errno(rawValue: errno))")
+      defer { _ = unsafe umount2(mounted.string, Int32(MNT_DETACH)) }
+      let (base, diff) = (directory.appending("base"), mounted.appending("diff"))
+      try makeFile(base, length: 4 << 20)
+      try makeFile(diff, length: 4 << 20, [Part(offset: 2 << 20, bytes: [1])])
+      let error = importError { _ = try MemoryInput.firecracker(memory: base, diffs: [diff]) }
+      #expect(error?.code == .holesUnknown)
+      #expect(error?.path == diff)
+      let huge = FlatLayout.firecracker(pageSize: .size2MiB)
+      let input = try MemoryInput.firecracker(memory: base, diffs: [diff], layout: huge)
+      #expect(try input.extents(region: 0).map(\.offset) == [2 << 20])
+    }
+  }
 }
