@@ -100,10 +100,8 @@ let package = Package(
     library(
       "BenchmarkSuite",
       [
-        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory",
-        "Userfault", "KVM",
-        "LinuxSystem",
-        "CMinimalHandler", "CZstd",
+        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport", "MemoryImage",
+        "GuestMemory", "Userfault", "KVM", "LinuxSystem", "CMinimalHandler", "CZstd",
       ],
       path: "Benchmarks/BenchmarkSuite"),
 
@@ -121,9 +119,9 @@ let package = Package(
     .executableTarget(
       name: "faultline",
       dependencies: [
-        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory",
-        "Userfault", "KVM",
-        "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel", "ModelCheck", systemPackage,
+        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport", "MemoryImage",
+        "GuestMemory", "Userfault", "KVM", "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel",
+        "ModelCheck", systemPackage,
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],
       swiftSettings: swiftSettings),

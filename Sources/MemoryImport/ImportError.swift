@@ -8,7 +8,8 @@ public struct ImportError: Error, Sendable {
   public struct Code: Hashable, Sendable {
     fileprivate enum Kind {
       case notRegular, notACore, unsupported, truncated, changed, invalidLayout, overlap
-      case limitExceeded, lengthMismatch, holesUnknown, outOfRange, source, inputOutput
+      case limitExceeded, lengthMismatch, holesUnknown, outOfRange, source, image
+      case inputOutput
     }
     fileprivate let kind: Kind
     private init(_ kind: Kind) { self.kind = kind }
@@ -35,8 +36,10 @@ public struct ImportError: Error, Sendable {
     public static let holesUnknown = Self(.holesUnknown)
     /// The caller named a region or bytes that are not there.
     public static let outOfRange = Self(.outOfRange)
-    /// What is exported could not be read; `cause` says why.
+    /// What was to be written could not be read; `cause` says why.
     public static let source = Self(.source)
+    /// The image could not be written; `cause` says why.
+    public static let image = Self(.image)
     /// The kernel refused; `errno` says why.
     public static let inputOutput = Self(.inputOutput)
   }
@@ -53,7 +56,7 @@ public struct ImportError: Error, Sendable {
   public let fileOffset: Int?
   /// What the kernel said, if it was asked.
   public let errno: Errno?
-  /// The error of the source of an export.
+  /// The error of the source, or of the image that was written.
   public let cause: (any Error)?
 
   init(
@@ -75,11 +78,14 @@ public struct ImportError: Error, Sendable {
 extension ImportError: CustomStringConvertible {
   /// What failed, where, why, and what to do about it.
   public var description: String {
+    // The image's own error names the image.
+    if code == .image, let cause { return "\(cause)" }
     var text = "\(path)"
     if let fileOffset { text += ", file offset \(fileOffset)" }
     text += ": \(reason)"
     if let errno { text += ": \(errno)" }
-    if let cause { text += ": \(cause)" }
+    // A cause has its own advice.
+    if let cause { return text + ": \(cause)" }
     return "\(text). \(remedy ?? advice)"
   }
 
@@ -97,7 +103,7 @@ extension ImportError: CustomStringConvertible {
     case .holesUnknown:
       "Take diffs on a filesystem that keeps single pages and reports holes, such as ext4 or XFS."
     case .outOfRange: "Ask for bytes that the regions have."
-    case .source: "The target is unchanged; remove the cause and export again."
+    case .source, .image: "The target is unchanged; remove the cause and try again."
     case .inputOutput:
       errno == .noSpace || errno == .diskQuotaExceeded
         ? "Free space on the filesystem and try again; nothing was left behind."

@@ -164,10 +164,10 @@ extension MemoryInput: RegionSource {
     return hasData
   }
 
-  /// Where the first byte at or after an offset is that a file holds; `nil` when only zeros
-  /// follow. Throws what `nextExtent` throws.
-  public func nextData(region: Int, from offset: Int) throws(ImportError) -> Int? {
-    try nextExtent(region: region, from: offset)?.offset
+  /// Where the first byte in a range is that a file holds; `nil` where all of it is zeros.
+  /// Throws what `nextExtent` throws.
+  public func nextData(region: Int, in range: Range<Int>) throws(ImportError) -> Int? {
+    try nextExtent(region: region, from: range.lowerBound, limit: range.upperBound)?.offset
   }
 
   @unsafe private func zero(_ buffer: UnsafeMutableRawBufferPointer) {

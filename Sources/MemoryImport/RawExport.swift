@@ -2,7 +2,7 @@
 
 internal import Glibc
 internal import LinuxSystem
-internal import MemoryImage
+public import MemoryImage
 public import SystemPackage
 
 /// Writes memory as a raw file: as a whole or not at all, with holes for pages of zeros.
@@ -15,52 +15,45 @@ public enum RawExport {
     case byAddress(base: UInt64 = 0)
   }
 
-  /// Bytes that are read and written at a time.
-  private static let step = 1 << 20
-
   /// Writes all regions of a source to a file, in place of a file that is there.
   ///
   /// The file is complete and on storage when this returns. When it throws, or when the
-  /// process dies, what was there is unchanged and nothing is left behind. Uses 1 MiB of
-  /// memory.
+  /// process dies, what was there is unchanged and nothing is left behind. Takes 4 MiB of
+  /// memory for each thread.
   ///
   /// - Parameters:
-  ///   - progress: told after each MiB of data, and after each hole, how many bytes of memory are
-  ///     done and how many there are.
-  /// - Throws: `source` when the source fails, with what it threw in `cause`; `inputOutput`
-  ///   (`Errno.noSpace` when the disk is full); `invalidLayout` for regions that overlap or do
-  ///   not fit the arrangement.
+  ///   - threads: how many threads read and write, the caller's among them.
+  ///   - progress: told after each piece how many bytes of memory are done, and how many there
+  ///     are; on any of the threads.
+  /// - Throws: what the source throws where that is an `ImportError`, otherwise `source` with
+  ///   the error in `cause`; `inputOutput` (`Errno.noSpace` when the disk is full);
+  ///   `invalidLayout` for regions that overlap or do not fit the arrangement.
   public static func write<Source: RegionSource>(
-    _ source: Source, to path: FilePath, arrangement: Arrangement = .packed,
-    progress: (_ done: Int, _ total: Int) -> Void = { _, _ in }
+    _ source: Source, to path: FilePath, arrangement: Arrangement = .packed, threads: Int = 2,
+    progress: ImageProgress? = nil
   ) throws(ImportError) {
-    let regions = source.regions
-    let places = try places(of: regions, arrangement, path)
+    let places = try places(of: source.regions, arrangement, path)
     do {
       let pending = try PendingFile(at: path)
       try pending.descriptor.setLength(places.length)
-      let buffer = try Mapping(anonymous: step)
-      let total = regions.reduce(0) { $0 + $1.length }
-      var done = 0
-      progress(done, total)
-      for (number, region) in regions.enumerated() {
-        var offset = 0
-        while offset < region.length {
-          let data = try next(source, number, offset, path) ?? region.length
-          // Whole pages; also of a source whose holes end elsewhere.
-          let start = max(offset, min(data, region.length) & ~(ImageLimits.blockSize - 1))
-          // SAFETY: the mapping is one step long.
-          let bytes = unsafe UnsafeMutableRawBufferPointer(
-            start: buffer.pointer, count: min(step, region.length - start))
-          if start < region.length, try unsafe read(source, number, start, bytes, path) {
+      let target = Target(descriptor: try pending.descriptor.duplicate())
+      let pieces = RegionPieces(source.regions)
+      let counter = ByteProgress(total: source.byteCount, progress)
+      try unsafe PieceWork(pieces: pieces.count, threads: threads).run(
+        name: "export", bufferLength: PieceWork.pieceLength,
+        noMemory: { ImportError(.inputOutput, path, "there is no memory to read with", errno: $0) }
+      ) { (number, buffer) throws(ImportError) in
+        let piece = pieces[number]
+        // SAFETY: the buffer is as long as the longest piece, and this thread's.
+        if let part = try unsafe source.read(piece, into: buffer, for: path) {
+          do throws(Errno) {
             try unsafe writeData(
-              UnsafeRawBufferPointer(bytes), to: pending.descriptor,
-              at: places.starts[number] + start)
+              part.bytes, to: target.descriptor, at: places.starts[piece.region] + part.offset)
+          } catch {
+            throw ImportError(.inputOutput, path, "it cannot be written", errno: error)
           }
-          done += start + bytes.count - offset
-          offset = start + bytes.count
-          progress(done, total)
         }
+        counter.add(piece.bytes.count)
       }
       // The data first, then the name: a crash leaves the old file or the new one.
       try pending.descriptor.synchronize()
@@ -72,38 +65,13 @@ public enum RawExport {
     }
   }
 
+  /// The file behind a reference that threads share.
+  private final class Target: Sendable {
+    let descriptor: OwnedDescriptor
+    init(descriptor: consuming OwnedDescriptor) { self.descriptor = descriptor }
+  }
+
   // MARK: - Steps
-
-  private static func next<Source: RegionSource>(
-    _ source: Source, _ region: Int, _ offset: Int, _ path: FilePath
-  ) throws(ImportError) -> Int? {
-    do throws(Source.Failure) {
-      return try source.nextData(region: region, from: offset)
-    } catch {
-      throw unreadable(source.regions[region], offset, error, path)
-    }
-  }
-
-  @unsafe private static func read<Source: RegionSource>(
-    _ source: Source, _ region: Int, _ offset: Int, _ buffer: UnsafeMutableRawBufferPointer,
-    _ path: FilePath
-  ) throws(ImportError) -> Bool {
-    do throws(Source.Failure) {
-      // SAFETY: the caller vouches for the buffer.
-      return try unsafe source.read(region: region, offset: offset, into: buffer)
-    } catch {
-      throw unreadable(source.regions[region], offset, error, path)
-    }
-  }
-
-  private static func unreadable(
-    _ region: ImageRegion, _ offset: Int, _ cause: any Error, _ path: FilePath
-  ) -> ImportError {
-    ImportError(
-      .source, path,
-      "nothing was written, because the memory of region \"\(region.name)\" "
-        + "cannot be read at offset \(offset)", cause: cause)
-  }
 
   /// Writes the pages that are not zero, neighbours together.
   @unsafe private static func writeData(
