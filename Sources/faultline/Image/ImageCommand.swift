@@ -11,7 +11,7 @@ import SystemPackage
 struct ImageCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "image",
-    abstract: "Make, look at, check, merge and export snapshot images.",
+    abstract: "Make, look at, check, compare, merge and export snapshot images.",
     discussion: """
       docs/image-format.md describes the file.
 
@@ -23,14 +23,17 @@ struct ImageCommand: ParsableCommand {
       faultline image verify vm.img
       faultline image verify vm.img --sample 5
       faultline image working-set vm.img
+      faultline image diff vm.img later.img
       faultline image merge later.img -o whole.img
       faultline image export later.img -o memory.bin
 
       Exit status: 0; 1 it failed, the message says why; 2 `verify` found damage.
+      `diff` has those of diff(1): 0 equal; 1 different; 2 it failed.
       """,
     subcommands: [
       ImageCreateCommand.self, ImageInfoCommand.self, ImageVerifyCommand.self,
-      ImageMergeCommand.self, ImageExportCommand.self, ImageWorkingSetCommand.self,
+      ImageDiffCommand.self, ImageMergeCommand.self, ImageExportCommand.self,
+      ImageWorkingSetCommand.self,
     ])
 }
 
