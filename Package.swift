@@ -44,6 +44,7 @@ let package = Package(
     .library(name: "GuestMemoryModel", targets: ["GuestMemoryModel"]),
     .library(name: "MemoryImage", targets: ["MemoryImage"]),
     .library(name: "Snapshot", targets: ["Snapshot"]),
+    .library(name: "MemoryImport", targets: ["MemoryImport"]),
     .library(name: "Pager", targets: ["Pager"]),
     .library(name: "VMMAdapters", targets: ["VMMAdapters"]),
     .library(name: "HandoverClient", targets: ["HandoverClient"]),
@@ -72,6 +73,7 @@ let package = Package(
     library("GuestMemory", ["LinuxSystem", "Userfault"]),
     library("KVMDirtyTracking", ["KVM", "GuestMemory", "LinuxSystem"]),
     library("MemoryImage", ["LinuxSystem", "CXXHash", "CZstd", "CCrypto"]),
+    library("MemoryImport", ["MemoryImage", "LinuxSystem"]),
     library("Pager", ["GuestMemory", "Userfault", "MemoryImage", "LinuxSystem"]),
     library("HandoverProtocol", []),
     library("HandoverClient", ["HandoverProtocol", "Userfault", "LinuxSystem"]),
@@ -98,10 +100,8 @@ let package = Package(
     library(
       "BenchmarkSuite",
       [
-        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory",
-        "Userfault", "KVM",
-        "LinuxSystem",
-        "CMinimalHandler", "CZstd",
+        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport", "MemoryImage",
+        "GuestMemory", "Userfault", "KVM", "LinuxSystem", "CMinimalHandler", "CZstd",
       ],
       path: "Benchmarks/BenchmarkSuite"),
 
@@ -119,9 +119,9 @@ let package = Package(
     .executableTarget(
       name: "faultline",
       dependencies: [
-        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImage", "GuestMemory",
-        "Userfault", "KVM",
-        "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel", "ModelCheck", systemPackage,
+        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport", "MemoryImage",
+        "GuestMemory", "Userfault", "KVM", "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel",
+        "ModelCheck", systemPackage,
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],
       swiftSettings: swiftSettings),
@@ -136,6 +136,7 @@ let package = Package(
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
     tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash", "CCrypto"]),
+    tests("MemoryImportTests", ["MemoryImport", "MemoryImage", "LinuxSystem"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),
     tests(

@@ -4,6 +4,7 @@ internal import CZstd
 import Foundation
 import LinuxSystem
 import MemoryImage
+import MemoryImport
 import Synchronization
 import SystemPackage
 
@@ -73,7 +74,7 @@ final class ImageFixture: Sendable {
 
   func createImage() throws {
     try? removeFile(image)
-    try RawImport.makeImage(image, from: raw, threads: 2)
+    try ImageImport.write(MemoryInput.raw(raw), to: image, threads: 2)
   }
 
   func runZstd() throws {

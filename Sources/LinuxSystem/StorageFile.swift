@@ -9,6 +9,9 @@ public struct FileStatus: Hashable, Sendable {
   public let length: Int
   /// Bytes that the filesystem has set aside.
   public let allocatedBytes: Int
+  /// Bytes that the filesystem reads and writes best, and on most the smallest piece that it
+  /// keeps (st_blksize).
+  public let blockLength: Int
   /// Whether it is a regular file; false for directories, devices, pipes, links.
   public let isRegular: Bool
   /// Whether it is a symbolic link; only of one opened as such (O_PATH, O_NOFOLLOW).
@@ -24,6 +27,7 @@ public struct FileStatus: Hashable, Sendable {
     let kind = CInt(bitPattern: status.st_mode) & S_IFMT
     length = Int(status.st_size)
     allocatedBytes = Int(status.st_blocks) * 512
+    blockLength = Int(status.st_blksize)
     isRegular = kind == S_IFREG
     isSymbolicLink = kind == S_IFLNK
     isDirectory = kind == S_IFDIR

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-internal import Glibc
 internal import LinuxSystem
-internal import Synchronization
 public import SystemPackage
 
 /// Called with bytes done and bytes in all, from several threads.
@@ -31,43 +29,6 @@ extension MemoryImage {
     if let set = try? workingSet() { try Self.setWorkingSet(set.runs, of: path) }
   }
 
-  /// Writes the regions one after the other as a raw file, with holes for zeros: what
-  /// `RawImport` reads.
-  ///
-  /// Throws what reading throws, and `inputOutput`; then nothing is left behind.
-  public func export(
-    to path: FilePath, threads: Int = 2, progress: ImageProgress? = nil
-  ) throws(ImageError) {
-    let file = try makeFile(at: path)
-    let offsets = regions.indices.map { index in regions[..<index].reduce(0) { $0 + $1.length } }
-    let target = RawTarget(number: file.descriptor.rawValue)
-    try unsafe forEachRun(threads: threads, progress) { region, block, bytes throws(ImageError) in
-      let offset = offsets[region] + block * ImageLimits.blockSize
-      do throws(Errno) {
-        try unsafe target.write(bytes, at: offset)
-      } catch {
-        throw ImageError(.inputOutput, path, "it cannot be written", errno: error)
-      }
-    }
-    do throws(Errno) {
-      try file.descriptor.synchronize()
-      try file.publish().synchronize()
-    } catch {
-      throw ImageError(.inputOutput, path, "it cannot be completed", errno: error)
-    }
-  }
-
-  /// A file of the length of all regions, one hole.
-  private func makeFile(at path: FilePath) throws(ImageError) -> PendingFile {
-    do throws(Errno) {
-      let file = try PendingFile(at: path)
-      try file.descriptor.setLength(guestBytes)
-      return file
-    } catch {
-      throw ImageError(.inputOutput, path, "it cannot be created", errno: error)
-    }
-  }
-
   /// Reads everything, 4 MiB at a time, and hands out the runs of data.
   private func forEachRun(
     threads: Int, _ progress: ImageProgress?,
@@ -76,69 +37,92 @@ extension MemoryImage {
         _ region: Int, _ block: Int, _ bytes: UnsafeRawBufferPointer
       ) throws(ImageError) -> Void
   ) throws(ImageError) {
-    let pieces = ImagePieces(regions)
+    let pieces = RegionPieces(regions)
     let counter = ByteProgress(total: guestBytes, progress)
-    try PieceWork(pieces: pieces.count, threads: threads).run(name: "image") {
-      [self] (piece) throws(ImageError) in
-      let (region, blocks) = pieces[piece]
-      let buffer: Mapping
-      do throws(Errno) {
-        buffer = try Mapping(anonymous: PieceWork.pieceLength)
-      } catch {
-        throw ImageError(.limitExceeded, path, "there is no memory to read it", errno: error)
-      }
-      var block = blocks.lowerBound
-      while block < blocks.upperBound {
+    let path = path
+    try unsafe PieceWork(pieces: pieces.count, threads: threads).run(
+      name: "image", bufferLength: PieceWork.pieceLength,
+      noMemory: { ImageError(.limitExceeded, path, "there is no memory to read it", errno: $0) }
+    ) { [self] (number, buffer) throws(ImageError) in
+      let piece = pieces[number]
+      guard let start = buffer.baseAddress else { return }
+      var block = piece.blocks.lowerBound
+      while block < piece.blocks.upperBound {
         // SAFETY: the buffer holds a piece.
         let run = try unsafe read(
-          region: region, firstBlock: block, blockCount: blocks.upperBound - block,
-          into: buffer.pointer)
+          region: piece.region, firstBlock: block, blockCount: piece.blocks.upperBound - block,
+          into: start)
         if run.kind == .data {
           try unsafe body(
-            region, block,
-            UnsafeRawBufferPointer(
-              start: buffer.pointer, count: run.blockCount * ImageLimits.blockSize))
+            piece.region, block,
+            UnsafeRawBufferPointer(start: start, count: run.blockCount * ImageLimits.blockSize))
         }
         block += run.blockCount
       }
-      counter.add(blocks.count * ImageLimits.blockSize)
+      counter.add(piece.bytes.count)
     }
   }
 }
 
-/// The regions of an image, cut into pieces.
-struct ImagePieces: Sendable {
-  private var pieces: [(region: Int, blocks: Range<Int>)] = []
+// MARK: - As bytes
 
-  init(_ regions: [ImageRegion]) {
-    let step = PieceWork.pieceLength / ImageLimits.blockSize
-    for (number, region) in regions.enumerated() {
-      for first in stride(from: 0, to: region.blockCount, by: step) {
-        pieces.append((number, first..<min(first + step, region.blockCount)))
-      }
+extension MemoryImage {
+  /// Reads part of a region, zeros and data alike.
+  ///
+  /// - Parameters:
+  ///   - region: its number.
+  ///   - offset: bytes from the start of the region, a multiple of 4 KiB.
+  ///   - buffer: filled completely; a multiple of 4 KiB.
+  /// - Returns: `false` if all of it is known to be zeros.
+  /// - Throws: what reading blocks throws; then any part of the buffer may have been written.
+  @unsafe
+  public func read(
+    region: Int, offset: Int, into buffer: UnsafeMutableRawBufferPointer
+  ) throws(ImageError) -> Bool {
+    let blockSize = ImageLimits.blockSize
+    guard offset % blockSize == 0, buffer.count % blockSize == 0 else {
+      throw ImageError(
+        .outOfRange, path, "\(buffer.count) bytes at \(offset) are not whole blocks")
     }
-  }
-
-  var count: Int { pieces.count }
-  subscript(index: Int) -> (region: Int, blocks: Range<Int>) { pieces[index] }
-}
-
-/// A file that several threads write to, whose owner waits for them.
-private struct RawTarget: Sendable {
-  let number: CInt
-
-  @unsafe func write(_ bytes: UnsafeRawBufferPointer, at offset: Int) throws(Errno) {
+    guard let start = buffer.baseAddress else { return false }
+    var hasData = false
     var done = 0
-    while done < bytes.count {
-      // SAFETY: `bytes` is the caller's for the time of the call.
-      let written = unsafe pwrite(
-        number, bytes.baseAddress.map { unsafe $0 + done }, bytes.count - done, offset + done)
-      if written < 0 {
-        let error = Errno(rawValue: Glibc.errno)
-        if error == .interrupted { continue }
-        throw error
+    while done < buffer.count {
+      // SAFETY: the buffer has room for what is left of it.
+      let run = try unsafe read(
+        region: region, firstBlock: (offset + done) / blockSize,
+        blockCount: (buffer.count - done) / blockSize, into: start + done)
+      let length = run.blockCount * blockSize
+      switch run.kind {
+      case .data: hasData = true
+      case .zero:
+        unsafe (start + done).initializeMemory(as: UInt8.self, repeating: 0, count: length)
       }
-      done += written
+      done += length
     }
+    return hasData
+  }
+
+  /// Where the first data in a range of a region is, by the index alone.
+  ///
+  /// - Parameters:
+  ///   - region: its number.
+  ///   - range: bytes from the start of the region, multiples of 4 KiB.
+  /// - Returns: bytes from the start of the region; `nil` where all of it is zeros.
+  /// - Throws: `outOfRange`, `damaged`, `inputOutput`.
+  public func nextData(region: Int, in range: Range<Int>) throws(ImageError) -> Int? {
+    let blockSize = ImageLimits.blockSize
+    guard regions.indices.contains(region), range.lowerBound >= 0,
+      range.upperBound <= regions[region].length, range.lowerBound % blockSize == 0,
+      range.upperBound % blockSize == 0
+    else { throw ImageError(.outOfRange, path, "region \(region) has no blocks at \(range)") }
+    for block in range.lowerBound / blockSize..<range.upperBound / blockSize {
+      let (outcome, entry) = indexEntry(geometries[region], block: block)
+      guard case .ready = outcome else {
+        throw indexFailure(outcome, region: region, block: block)
+      }
+      if entry != 0 { return block * blockSize }
+    }
+    return nil
   }
 }

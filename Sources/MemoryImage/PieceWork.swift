@@ -110,17 +110,23 @@ public struct PieceWork: Sendable {
 }
 
 /// Counts bytes that several threads have done.
-final class ByteProgress: Sendable {
+public final class ByteProgress: Sendable {
   private let done = Atomic<Int>(0)
   private let total: Int
-  private let report: (@Sendable (Int, Int) -> Void)?
+  private let report: ImageProgress?
 
-  init(total: Int, _ report: (@Sendable (_ done: Int, _ total: Int) -> Void)?) {
+  /// Nothing is done yet.
+  ///
+  /// - Parameters:
+  ///   - total: bytes in all.
+  ///   - report: told of each `add`, on its thread.
+  public init(total: Int, _ report: ImageProgress?) {
     self.total = total
     self.report = report
   }
 
-  func add(_ bytes: Int) {
+  /// Adds bytes.
+  public func add(_ bytes: Int) {
     report?(done.wrappingAdd(bytes, ordering: .relaxed).newValue, total)
   }
 }

@@ -8,6 +8,20 @@ enum Terminal {
   /// Whether standard error is a terminal.
   static let isInteractive = isatty(STDERR_FILENO) == 1
 
+  /// Columns of the terminal that standard output is (ioctl_tty(2)); `nil` where it is none, or
+  /// one that shows plain text only.
+  static var outputColumns: Int? {
+    guard isatty(STDOUT_FILENO) == 1, ProcessInfo.processInfo.environment["TERM"] != "dumb" else {
+      return nil
+    }
+    var size = winsize()
+    // SAFETY: TIOCGWINSZ fills a winsize.
+    guard unsafe ioctl(STDOUT_FILENO, UInt(TIOCGWINSZ), &size) == 0, size.ws_col > 0 else {
+      return 80
+    }
+    return Int(size.ws_col)
+  }
+
   /// A line on standard error.
   static func note(_ text: String) {
     FileHandle.standardError.write(Data((text + "\n").utf8))

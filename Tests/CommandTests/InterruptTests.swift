@@ -55,6 +55,32 @@ struct InterruptTests {
     return try command.wait().ending
   }
 
+  @Test("An image that is being made and is killed leaves no file", arguments: [SIGINT, SIGKILL])
+  func create(_ signal: Int32) throws {
+    try untilInTime {
+      try withTemporaryDirectory { directory in
+        let raw = "\(directory)/raw"
+        try makeRaw(raw, pages: 4096, data: 0..<4096)
+        let command = try Command(
+          of: "/usr/bin/env",
+          [
+            "--default-signal=INT", Command.executable, "image", "create", "--from-raw", raw,
+            "--level", "19", "-o", "\(directory)/image",
+          ])
+        let isWriting = Delay.until(seconds: 30) {
+          writesUnnamedFile(command.identifier, below: directory) || !command.isRunning
+        }
+        #expect(isWriting)
+        command.send(signal)
+        let ending = try command.wait().ending
+        guard ending != .exit(0) else { return false }
+        #expect(ending == .signal(signal))
+        #expect(try names(in: directory) == ["raw"])
+        return true
+      }
+    }
+  }
+
   /// Tries again when the command ended, successfully, before the signal came: on a busy
   /// machine that happens.
   private func untilInTime(_ body: () throws -> Bool) throws {

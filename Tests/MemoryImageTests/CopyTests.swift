@@ -3,131 +3,106 @@
 import Glibc
 import LinuxSystem
 import MemoryImage
-import Synchronization
 import SystemPackage
 import TestSupport
 import Testing
 
-@Suite("Raw files become images and images raw files")
+@Suite("Images are copied and read as bytes")
 struct CopyTests {
-  /// A sparse file: data at odd places, holes between.
-  private func makeRaw(_ path: FilePath, seed: UInt64, mebibytes: Int = 9) throws {
-    var random = Random(seed: seed)
-    let file = try FileDescriptor.open(
-      path, .readWrite, options: [.create, .truncate], permissions: .ownerReadWrite)
-    try file.closeAfter {
-      try file.resize(to: Int64(mebibytes << 20))
-      for _ in 0..<40 {
-        let page = Int.random(in: 0..<mebibytes * 256 - 8, using: &random)
-        let bytes = (0..<Int.random(in: 1...8, using: &random)).flatMap { _ in
-          Sample.randomBlock(&random)
-        }
-        _ = try file.writeAll(toAbsoluteOffset: Int64(page * 4096), bytes)
-      }
-    }
-  }
-
-  @Test(
-    "Export gives back every byte, and holes", arguments: Sample.encodings, [1, 3])
-  func roundTrip(options: ImageOptions, threads: Int) throws {
+  @Test("A merge is an image of its own with the same memory, states and metadata")
+  func merge() throws {
     try withTemporaryDirectory { directory in
       let directory = FilePath(directory)
-      let raw = directory.appending("raw")
-      let image = directory.appending("image")
-      let back = directory.appending("back")
-      try makeRaw(raw, seed: 21)
-      let steps = ProgressLog()
-      try RawImport.makeImage(
-        image, from: raw, options: options, metadata: ["k": "v"], threads: threads
-      ) { steps.note($0, $1) }
-      #expect(steps.last == 9 << 20)
-      let opened = try MemoryImage(path: image)
-      #expect(opened.metadata == ["k": "v"])
-      #expect(try opened.verify().isIntact)
-      try opened.export(to: back, threads: threads)
-      #expect(isSame(try contents(of: raw), try contents(of: back)))
-      let allocated = try OwnedDescriptor(openingForReading: back).status.allocatedBytes
-      #expect(allocated <= 40 * 8 * 4096)
-    }
-  }
-
-  @Test("An import on a parent holds what differs, and merges into an image of its own")
-  func incremental() throws {
-    try withTemporaryDirectory { directory in
-      let directory = FilePath(directory)
-      let first = directory.appending("first")
-      let second = directory.appending("second")
-      try makeRaw(first, seed: 1)
-      try makeRaw(second, seed: 2)
-      let base = directory.appending("base.img")
-      let top = directory.appending("top.img")
-      let whole = directory.appending("whole.img")
-      try RawImport.makeImage(base, from: first)
-      try RawImport.makeImage(top, from: second, parent: try MemoryImage(path: base))
-      let image = try MemoryImage(path: top)
-      #expect(image.ancestors.count == 1)
-      try image.merge(to: whole)
+      let (base, top) = (directory.appending("base"), directory.appending("top"))
+      let whole = directory.appending("whole")
+      var sample = Sample(seed: 3, blocks: [1100, 40])
+      try sample.write(to: base)
+      var random = Random(seed: 4)
+      let changes = [2: Sample.randomBlock(&random), 1030: Sample.zeroBlock]
+      var writer = try ImageWriter(
+        path: top, regions: sample.regions, parent: try MemoryImage(path: base))
+      try writer.write(region: 0, blocks: changes)
+      try writer.setMetadata(key: "k", value: "v")
+      try writer.add(state: DeviceState(type: 1, instance: 2, bytes: [3]))
+      try writer.finish()
+      sample.data[0].merge(changes) { $1 }
+      try MemoryImage(path: top).merge(to: whole, threads: 3)
       try #require(unsafe unlink(base.string) == 0)
       let merged = try MemoryImage(path: whole)
       #expect(merged.ancestors.isEmpty)
-      let back = directory.appending("back")
-      try merged.export(to: back)
-      #expect(isSame(try contents(of: second), try contents(of: back)))
+      #expect(merged.metadata == ["k": "v"] && merged.states.map(\.bytes) == [[3]])
+      #expect(sample.compare(with: merged).right == 1140)
       let usage = try merged.usage(ofRegion: 0)
       #expect(usage.inheritedBlocks == 0)
-      #expect(usage.zeroBlocks + usage.ownBlocks == 9 * 256)
+      #expect(usage.zeroBlocks + usage.ownBlocks == 1100)
     }
   }
 
-  @Test(
-    "What is no memory file is refused, and nothing is left",
-    arguments: ["missing", "empty", "odd", "directory", "fifo"])
-  func refusals(kind: String) throws {
-    try withTemporaryDirectory { directory in
-      let directory = FilePath(directory)
-      let source = directory.appending("source")
-      switch kind {
-      case "empty": try makeRaw(source, seed: 1, mebibytes: 1)
-      case "odd": try makeRaw(source, seed: 1, mebibytes: 1)
-      case "directory": try #require(unsafe mkdir(source.string, 0o700) == 0)
-      case "fifo": try #require(unsafe mkfifo(source.string, 0o600) == 0)
-      default: break
-      }
-      if kind == "empty" { try #require(unsafe truncate(source.string, 0) == 0) }
-      if kind == "odd" { try #require(unsafe truncate(source.string, 5000) == 0) }
-      let image = directory.appending("image")
-      let error = imageError { try RawImport.makeImage(image, from: source) }
-      #expect(error?.path == source)
-      #expect(unsafe access(image.string, F_OK) != 0)
-    }
-  }
-
-  @Test("Damage stops an export and a merge, and leaves nothing behind")
+  @Test("Damage stops a merge, and leaves nothing behind")
   func damage() throws {
     try withTemporaryDirectory { directory in
-      let directory = FilePath(directory)
       let raw = try Sample.machineImage.get()
       let file = try ScratchFile(raw.bytes)
       try file.write(
         [raw.bytes[raw.dataOffset(region: 0, block: 3)] ^ 1],
         at: raw.dataOffset(region: 0, block: 3))
-      let image = try MemoryImage(path: file.path)
-      for name in ["export", "merge"] {
-        let target = directory.appending(name)
-        let error = imageError {
-          if name == "export" { try image.export(to: target) } else { try image.merge(to: target) }
-        }
-        #expect(error?.code == .damaged)
-        #expect(error?.block == 3)
-        #expect(unsafe access(target.string, F_OK) != 0)
-      }
+      let target = FilePath(directory).appending("merged")
+      let error = imageError { try MemoryImage(path: file.path).merge(to: target) }
+      #expect(error?.code == .damaged)
+      #expect(error?.block == 3)
+      #expect(unsafe access(target.string, F_OK) != 0)
     }
   }
-}
 
-/// The greatest progress that was reported.
-private final class ProgressLog: Sendable {
-  private let greatest = Mutex(0)
-  func note(_ done: Int, _ total: Int) { greatest.withLock { $0 = max($0, done) } }
-  var last: Int { greatest.withLock { $0 } }
+  @Test("Read as bytes, zeros and data come alike, and the index finds the data")
+  func bytes() throws {
+    let sample = Sample.machine
+    let file = try ScratchFile(try Sample.machineImage.get().bytes)
+    let image = try MemoryImage(path: file.path)
+    var random = Random(seed: 2)
+    for _ in 0..<100 {
+      let region = Int.random(in: 0...1, using: &random)
+      let count = sample.regions[region].blockCount
+      let first = Int.random(in: 0..<count, using: &random)
+      let blocks = first..<Int.random(in: first...min(first + 40, count), using: &random)
+      var buffer = [UInt8](repeating: 0xee, count: blocks.count * 4096)
+      let hasData = try unsafe buffer.withUnsafeMutableBytes {
+        try unsafe image.read(region: region, offset: first * 4096, into: $0)
+      }
+      #expect(isSame(buffer, blocks.flatMap { sample.block(region, $0) }))
+      let data = blocks.first { sample.data[region][$0] != nil }
+      #expect(hasData == (data != nil))
+      let range = blocks.lowerBound * 4096..<blocks.upperBound * 4096
+      #expect(try image.nextData(region: region, in: range) == data.map { $0 * 4096 })
+    }
+    var room = [UInt8](repeating: 0, count: 8192)
+    for (region, offset) in [(0, 1), (0, 2060 * 4096 - 4096), (2, 0), (0, -4096)] {
+      let error = unsafe room.withUnsafeMutableBytes { buffer in
+        imageError { _ = try unsafe image.read(region: region, offset: offset, into: buffer) }
+      }
+      #expect(error?.code == .outOfRange)
+      #expect(
+        imageError { _ = try image.nextData(region: region, in: offset..<offset + 8192) }?.code
+          == .outOfRange)
+    }
+  }
+
+  @Test("Pieces cover all regions, each block once")
+  func pieces() {
+    let regions = [1, 1024, 1025, 5000].map {
+      ImageRegion(
+        name: "r", guestAddress: GuestAddress(0), length: $0 * 4096, pageSize: .size4KiB)
+    }
+    let pieces = RegionPieces(regions)
+    var ends = [0, 0, 0, 0]
+    for number in 0..<pieces.count {
+      let piece = pieces[number]
+      #expect(piece.blocks.lowerBound == ends[piece.region] && !piece.blocks.isEmpty)
+      #expect(piece.bytes.count <= PieceWork.pieceLength)
+      #expect(piece.bytes.lowerBound == piece.blocks.lowerBound * 4096)
+      ends[piece.region] = piece.blocks.upperBound
+    }
+    #expect(ends == [1, 1024, 1025, 5000])
+    #expect(RegionPieces([]).count == 0)
+  }
 }

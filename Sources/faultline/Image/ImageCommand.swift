@@ -4,30 +4,36 @@ import ArgumentParser
 import Foundation
 import LinuxSystem
 import MemoryImage
+import MemoryImport
 import SystemPackage
 
 /// Works on snapshot images.
 struct ImageCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "image",
-    abstract: "Make, look at, check, merge and export snapshot images.",
+    abstract: "Make, look at, check, compare, merge and export snapshot images.",
     discussion: """
       docs/image-format.md describes the file.
 
       faultline image create --from-raw memory.bin -o vm.img
+      faultline image create --from-firecracker vm.mem --diff vm.diff -o vm.img
+      faultline image create --from-core guest.core -o vm.img
       faultline image create --from-raw later.bin --parent vm.img -o later.img
       faultline image info vm.img
       faultline image verify vm.img
       faultline image verify vm.img --sample 5
       faultline image working-set vm.img
+      faultline image diff vm.img later.img
       faultline image merge later.img -o whole.img
       faultline image export later.img -o memory.bin
 
       Exit status: 0; 1 it failed, the message says why; 2 `verify` found damage.
+      `diff` has those of diff(1): 0 equal; 1 different; 2 it failed.
       """,
     subcommands: [
       ImageCreateCommand.self, ImageInfoCommand.self, ImageVerifyCommand.self,
-      ImageMergeCommand.self, ImageExportCommand.self, ImageWorkingSetCommand.self,
+      ImageDiffCommand.self, ImageMergeCommand.self, ImageExportCommand.self,
+      ImageWorkingSetCommand.self,
     ])
 }
 
@@ -58,33 +64,6 @@ struct ImageWriteOptions: ParsableArguments {
 
 /// How many threads work.
 let imageThreads = max(1, ProcessInfo.processInfo.activeProcessorCount)
-
-struct ImageCreateCommand: ParsableCommand {
-  static let configuration = CommandConfiguration(
-    commandName: "create", abstract: "Make an image from a file that holds memory.",
-    discussion: """
-      The file is read sparsely: holes cost nothing. With --parent the image holds only what
-      differs from the parent, which must stay where it is or beside the image.
-      """)
-
-  @Option(help: ArgumentHelp("A raw memory file.", valueName: "file"), completion: .file())
-  var fromRaw: String
-  @Option(help: ArgumentHelp("The image to build on.", valueName: "image"), completion: .file())
-  var parent: String?
-  @OptionGroup var write: ImageWriteOptions
-
-  func run() throws {
-    let progress = ProgressLine("create")
-    defer { progress.finish() }
-    let parent = try parent.map { try MemoryImage(path: FilePath($0)) }
-    try RawImport.makeImage(
-      FilePath(write.output), from: FilePath(fromRaw), options: write.options, parent: parent,
-      metadata: ["faultline.version": "0.1.0"], threads: imageThreads,
-      progress: progress.callback)
-    progress.finish()
-    print(try ImageDescription(path: write.output).line)
-  }
-}
 
 struct ImageMergeCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
@@ -119,8 +98,8 @@ struct ImageExportCommand: ParsableCommand {
     let progress = ProgressLine("export")
     defer { progress.finish() }
     let opened = try MemoryImage(path: FilePath(image))
-    try opened.export(
-      to: FilePath(output), threads: imageThreads, progress: progress.callback)
+    try RawExport.write(
+      opened, to: FilePath(output), threads: imageThreads, progress: progress.callback)
     progress.finish()
     print("\(output): \(Terminal.size(opened.guestBytes)) of memory")
   }

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+
+/// Numbers of 4 KiB blocks. Its size depends on how many there are, not on how high they go:
+/// a bit for each block of a stretch of 4 MiB that has any.
+public struct BlockSet: Sendable, Hashable {
+  /// Blocks that have their bits together.
+  static let group = PieceWork.pieceLength / ImageLimits.blockSize
+  private static let wordsPerGroup = group / 64
+
+  private var groups: [Int: [UInt64]] = [:]
+  /// How many there are.
+  public private(set) var count = 0
+
+  /// No blocks.
+  public init() {}
+
+  /// Whether there are none.
+  public var isEmpty: Bool { count == 0 }
+
+  /// Whether a block is among them.
+  public func contains(_ block: Int) -> Bool {
+    guard block >= 0, let words = groups[block / Self.group] else { return false }
+    return words[block % Self.group / 64] & 1 << UInt64(block % 64) != 0
+  }
+
+  /// How many there are in a range.
+  public func count(in range: Range<Int>) -> Int {
+    var count = 0
+    var block = max(range.lowerBound, 0)
+    while block < range.upperBound {
+      let end = min((block / Self.group + 1) * Self.group, range.upperBound)
+      if let words = groups[block / Self.group] {
+        while block < end {
+          let next = min((block / 64 + 1) * 64, end)
+          // As many ones as blocks are asked for, in their place.
+          let mask = (UInt64.max >> UInt64(64 - (next - block))) << UInt64(block % 64)
+          count += (words[block % Self.group / 64] & mask).nonzeroBitCount
+          block = next
+        }
+      }
+      block = end
+    }
+    return count
+  }
+
+  /// Calls a body for each run of blocks that follow each other, in ascending order.
+  public func forEachRange<Failure: Error>(
+    _ body: (Range<Int>) throws(Failure) -> Void
+  ) throws(Failure) {
+    var run: Range<Int>?
+    for group in groups.keys.sorted() {
+      for (index, word) in (groups[group] ?? []).enumerated() {
+        var rest = word
+        let first = group * Self.group + index * 64
+        while rest != 0 {
+          let start = rest.trailingZeroBitCount
+          let length = (~(rest >> UInt64(start))).trailingZeroBitCount
+          rest &= length == 64 ? 0 : ~((1 << UInt64(length) - 1) << UInt64(start))
+          if let open = run, open.upperBound == first + start {
+            run = open.lowerBound..<open.upperBound + length
+          } else {
+            if let run { try body(run) }
+            run = first + start..<first + start + length
+          }
+        }
+      }
+    }
+    if let run { try body(run) }
+  }
+
+  // MARK: - Adding
+
+  /// Adds a block.
+  public mutating func insert(_ block: Int) {
+    precondition(block >= 0)
+    guard !contains(block) else { return }
+    groups[block / Self.group, default: Array(repeating: 0, count: Self.wordsPerGroup)][
+      block % Self.group / 64] |= 1 << UInt64(block % 64)
+    count += 1
+  }
+
+  /// Adds blocks of another set.
+  public mutating func formUnion(_ other: BlockSet) {
+    for (group, words) in other.groups {
+      guard var mine = groups[group] else {
+        groups[group] = words
+        count += words.reduce(0) { $0 + $1.nonzeroBitCount }
+        continue
+      }
+      for index in mine.indices {
+        count += (words[index] & ~mine[index]).nonzeroBitCount
+        mine[index] |= words[index]
+      }
+      groups[group] = mine
+    }
+  }
+}
