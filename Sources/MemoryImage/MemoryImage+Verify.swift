@@ -69,8 +69,8 @@ extension MemoryImage {
   /// storage again. Other threads may read meanwhile.
   ///
   /// Throws `ImageError` when header, tables or device states are bad: then there is no
-  /// sense in looking at the memory; and `limitExceeded` when there is no memory for 4
-  /// bytes for each chunk. Bad memory is in the report.
+  /// sense in looking at the memory; and `limitExceeded` when there is no memory for a
+  /// byte for each chunk of the chain. Bad memory is in the report.
   ///
   /// - Parameters:
   ///   - sample: the share of memory to look at, 0 to 1, in pieces of 1022 blocks (4 MiB);
@@ -178,18 +178,21 @@ private struct ChunkCheck {
   let store: ChunkStore
   private let decoder: ChunkDecoder
   /// Pages of the chunk table, read again.
-  private let table: VerifiedPages
-  /// For each chunk: 0 not looked at; 1 to 16 good, so many blocks; else 33 + its place in
-  /// `problems`.
-  private var states: [UInt32]
-  private var problems: [ChunkOutcome] = []
+  private let pages: VerifiedPages
+  /// For each chunk: 0 not looked at; 1 to 16 good, so many blocks; 255 bad.
+  private var states: [UInt8]
+  /// What is wrong with bad chunks; those that find no room here are looked at again.
+  private var problems: [Int: ChunkOutcome] = [:]
+
+  private static let problemLimit = 4096
+  private static let bad: UInt8 = 255
 
   init(_ store: ChunkStore) throws(ImageError) {
     self.store = store
     states = Array(repeating: 0, count: store.chunks.chunkCount)
     do throws(Errno) {
-      decoder = try ChunkDecoder(store.chunks)
-      table = try VerifiedPages(pageCount: store.chunks.tablePageCount)
+      decoder = try ChunkDecoder(blocks: store.chunks.blocksPerChunk)
+      pages = try VerifiedPages(capacity: min(64, store.chunks.tablePageCount))
     } catch {
       throw ImageError(.limitExceeded, store.path, "there is no memory to verify it", errno: error)
     }
@@ -202,31 +205,28 @@ private struct ChunkCheck {
     guard chunk < chunks.chunkCount else {
       return ChunkOutcome(outcome: .damaged, fileOffset: chunks.tableOffset)
     }
-    if states[chunk] == 0 {
-      let problem: ChunkOutcome?
-      var length = chunks.blocksPerChunk
-      if chunks.isStored {
-        // SAFETY: the decoder has room for a block.
-        problem = unsafe store.readStored(
-          chunk, count: 1, into: decoder.content, table: table
-        ).failure
-      } else {
-        problem = store.decode(chunk, with: decoder, table: table)
-        length = decoder.contentLength / ImageLimits.blockSize
+    if states[chunk] == Self.bad, let problem = problems[chunk] { return problem }
+    if states[chunk] == 0 || states[chunk] == Self.bad {
+      if let problem = look(at: chunk) {
+        states[chunk] = Self.bad
+        if problems.count < Self.problemLimit { problems[chunk] = problem }
+        return problem
       }
-      if let problem {
-        problems.append(problem)
-        states[chunk] = UInt32(problems.count) + 32
-      } else {
-        states[chunk] = UInt32(length)
-      }
+      states[chunk] = UInt8(
+        chunks.isStored ? 1 : decoder.contentLength / ImageLimits.blockSize)
     }
-    if states[chunk] > 32 { return problems[Int(states[chunk]) - 33] }
     guard slot < Int(states[chunk]) else {
       return ChunkOutcome(
         outcome: .damaged, fileOffset: chunks.offset(ofTablePage: chunks.place(of: chunk).page))
     }
     return nil
+  }
+
+  /// Reads a chunk and checks it; `nil` when it is good.
+  private func look(at chunk: Int) -> ChunkOutcome? {
+    guard store.chunks.isStored else { return store.decode(chunk, with: decoder, pages: pages) }
+    // SAFETY: the decoder has room for a block.
+    return unsafe store.readStored(chunk, count: 1, into: decoder.content, pages: pages).failure
   }
 }
 
@@ -237,7 +237,7 @@ extension ReadOutcome {
   ) -> VerifyReport.Damage.Cause? {
     switch self {
     case .ready: nil
-    case .damaged, .busy: mismatch
+    case .damaged: mismatch
     case .failed(.noData): .truncated
     case .failed(let errno): .inputOutput(errno)
     }
