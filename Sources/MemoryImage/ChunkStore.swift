@@ -93,9 +93,9 @@ final class ChunkStore: Sendable {
     }
     let fileOffset = chunks.dataOffset + entry.offset
     let damaged = ChunkOutcome(outcome: .damaged, fileOffset: fileOffset)
-    guard entry.length > 0, entry.length <= chunks.blocksPerChunk * ImageLimits.blockSize,
-      entry.offset + entry.length <= chunks.dataLength
-    else { return ChunkOutcome(outcome: .damaged, fileOffset: tableOffset(of: chunk)) }
+    guard isPossible(entry) else {
+      return ChunkOutcome(outcome: .damaged, fileOffset: tableOffset(of: chunk))
+    }
     let isRaw = entry.length % ImageLimits.blockSize == 0
     do throws(Errno) {
       // SAFETY: both rooms are as long as the longest chunk of the chain.
@@ -138,6 +138,26 @@ final class ChunkStore: Sendable {
     }
   }
 
+  private func isPossible(_ entry: ChunkEntry) -> Bool {
+    entry.length > 0 && entry.length <= chunks.blocksPerChunk * ImageLimits.blockSize
+      && entry.offset + entry.length <= chunks.dataLength
+  }
+
+  /// Checks what the table says about a chunk, but not the chunk; `nil` when it is good.
+  func checkEntry(of chunk: Int, _ pages: VerifiedPages) -> ChunkOutcome? {
+    let place = tableOffset(of: chunk)
+    if chunks.isStored {
+      let (outcome, _) = readTable(chunks.place(of: chunk).page, pages, otherwise: ()) { _ in }
+      guard case .ready = outcome else {
+        return ChunkOutcome(outcome: outcome, fileOffset: place)
+      }
+      return nil
+    }
+    let (outcome, entry) = chunkEntry(chunk, pages)
+    guard case .ready = outcome else { return ChunkOutcome(outcome: outcome, fileOffset: place) }
+    return isPossible(entry) ? nil : ChunkOutcome(outcome: .damaged, fileOffset: place)
+  }
+
   @inline(__always)
   private func readTable<Value>(
     _ page: Int, _ pages: VerifiedPages, otherwise none: Value, _ body: (VerifiedPage) -> Value
@@ -147,7 +167,7 @@ final class ChunkStore: Sendable {
       seed: chunks.seed(ofTablePage: page), otherwise: none, body)
   }
 
-  private func tableOffset(of chunk: Int) -> Int {
+  func tableOffset(of chunk: Int) -> Int {
     chunks.offset(ofTablePage: chunks.place(of: chunk).page)
   }
 
