@@ -68,7 +68,7 @@ extension ChunkStore {
   /// Finds an ancestor's file: where the hint says, or under the hint's last name in the
   /// directory of the image that builds on it.
   static func open(
-    _ ancestor: ImageAncestor, of image: FilePath, base: Int
+    _ ancestor: ImageAncestor, of image: FilePath, base: Int, firstTablePage: Int
   ) throws(ImageError) -> ChunkStore {
     let directory = image.removingLastComponent()
     var places: [FilePath] = []
@@ -97,7 +97,8 @@ extension ChunkStore {
       else {
         throw ImageError(.invalidLayout, image, "it is wrong about the chunks of \(place)")
       }
-      return try ChunkStore(file, catalog, base: base, path: place)
+      return ChunkStore(
+        file, catalog, base: base, firstTablePage: firstTablePage, path: place)
     }
     throw ImageError(
       .ancestorMissing, image,

@@ -57,7 +57,7 @@ extension BlockStore {
     case .ready: break
     case .failed(let errno):
       throw ImageError.reading(errno, parent.path, region: region, fileOffset: offset)
-    case .damaged, .busy:
+    case .damaged:
       throw ImageError(
         .damaged, parent.path, "page \(page) of the index does not match its checksum",
         region: region, fileOffset: offset)

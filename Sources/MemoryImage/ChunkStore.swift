@@ -19,24 +19,23 @@ final class ChunkStore: Sendable {
   let fileLength: Int
   /// The number of its first block in the chain.
   let base: Int
-  private let table: VerifiedPages
-  private let decoders: DecoderPool
+  /// The number of the first page of its chunk table among the pages of the chain.
+  let firstTablePage: Int
 
   init(
-    _ file: consuming OwnedDescriptor, _ catalog: ImageCatalog, base: Int, path: FilePath
-  ) throws(ImageError) {
-    do throws(Errno) {
-      table = try VerifiedPages(pageCount: catalog.chunks.tablePageCount)
-      decoders = try DecoderPool(catalog.chunks)
-    } catch {
-      throw ImageError(.limitExceeded, path, "there is no memory for its index", errno: error)
-    }
+    _ file: consuming OwnedDescriptor, _ catalog: ImageCatalog, base: Int, firstTablePage: Int,
+    path: FilePath
+  ) {
     self.path = path
     self.file = file
     chunks = catalog.chunks
     fileLength = catalog.fileLength
     self.base = base
+    self.firstTablePage = firstTablePage
   }
+
+  /// Blocks of a compressed chunk; 0 where chunks are stored as they are.
+  var compressedBlocks: Int { chunks.isStored ? 0 : chunks.blocksPerChunk }
 
   /// How many blocks from one on may be read at once.
   @inline(__always)
@@ -52,11 +51,12 @@ final class ChunkStore: Sendable {
   /// - Returns: how many of them are good, and what is wrong with the next one.
   @unsafe
   func readBlocks(
-    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer
+    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, pages: VerifiedPages,
+    decoders: DecoderPool
   ) throws(ImageError) -> (good: Int, failure: ChunkOutcome?) {
     let number = number - base
     if chunks.isStored {
-      return unsafe readStored(number, count: count, into: buffer, table: table)
+      return unsafe readStored(number, count: count, into: buffer, pages: pages)
     }
     let chunk = number / chunks.blocksPerChunk
     let slot = number - chunk * chunks.blocksPerChunk
@@ -66,8 +66,8 @@ final class ChunkStore: Sendable {
         ImageError(.limitExceeded, path, "there is no memory to decompress", errno: errno)
       }
     ) { decoder throws(ImageError) in
-      if decoder.chunk != chunk {
-        let failure = decode(chunk, with: decoder, table: table)
+      if decoder.firstBlock != base + chunk * chunks.blocksPerChunk {
+        let failure = decode(chunk, with: decoder, pages: pages)
         if let failure { return (0, failure) }
       }
       let available = decoder.contentLength / ImageLimits.blockSize - slot
@@ -84,21 +84,21 @@ final class ChunkStore: Sendable {
 
   /// Reads, decompresses and checks a chunk; `nil` when it is good and in the decoder.
   func decode(
-    _ chunk: Int, with decoder: ChunkDecoder, table: VerifiedPages
+    _ chunk: Int, with decoder: ChunkDecoder, pages: VerifiedPages
   ) -> ChunkOutcome? {
-    decoder.chunk = -1
-    let (outcome, entry) = chunkEntry(chunk, table)
+    decoder.firstBlock = -1
+    let (outcome, entry) = chunkEntry(chunk, pages)
     guard case .ready = outcome else {
       return ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk))
     }
     let fileOffset = chunks.dataOffset + entry.offset
     let damaged = ChunkOutcome(outcome: .damaged, fileOffset: fileOffset)
-    guard entry.length > 0, entry.length <= decoder.frameRoom,
-      entry.offset + entry.length <= chunks.dataLength
-    else { return ChunkOutcome(outcome: .damaged, fileOffset: tableOffset(of: chunk)) }
+    guard isPossible(entry) else {
+      return ChunkOutcome(outcome: .damaged, fileOffset: tableOffset(of: chunk))
+    }
     let isRaw = entry.length % ImageLimits.blockSize == 0
     do throws(Errno) {
-      // SAFETY: both rooms are as long as `frameRoom`, which was checked.
+      // SAFETY: both rooms are as long as the longest chunk of the chain.
       let room = unsafe UnsafeMutableRawBufferPointer(
         start: isRaw ? decoder.content : decoder.frame, count: entry.length)
       try unsafe file.readAll(into: room, at: fileOffset)
@@ -110,7 +110,8 @@ final class ChunkStore: Sendable {
       // SAFETY: the frame was just read.
       let frame = unsafe UnsafeRawBufferPointer(start: decoder.frame, count: entry.length)
       guard let claimed = unsafe ZstdDecompressor.contentLength(frame),
-        claimed > 0, claimed <= decoder.contentRoom, claimed % ImageLimits.blockSize == 0,
+        claimed > 0, claimed <= chunks.blocksPerChunk * ImageLimits.blockSize,
+        claimed % ImageLimits.blockSize == 0,
         unsafe decoder.decompressor.decompress(
           frame, into: UnsafeMutableRawBufferPointer(start: decoder.content, count: claimed))
       else { return damaged }
@@ -121,35 +122,59 @@ final class ChunkStore: Sendable {
       decoder.content, length: length, seed: chunks.seed(ofChunk: chunk))
     guard found == entry.checksum else { return damaged }
     decoder.contentLength = length
-    decoder.chunk = chunk
+    decoder.firstBlock = base + chunk * chunks.blocksPerChunk
     return nil
   }
 
   /// The entry of a chunk of a compressed image.
   private func chunkEntry(
-    _ chunk: Int, _ table: VerifiedPages
-  ) -> (ReadOutcome, ChunkEntry) {
-    let (page, slot) = chunks.place(of: chunk)
+    _ chunk: Int, _ pages: VerifiedPages
+  ) -> (outcome: ReadOutcome, value: ChunkEntry) {
     let none = ChunkEntry(offset: 0, length: 0, checksum: 0)
     guard chunk < chunks.chunkCount else { return (.damaged, none) }
-    let outcome = table.makeReady(
-      page, from: file, offset: chunks.offset(ofTablePage: page),
-      seed: chunks.seed(ofTablePage: page))
-    guard case .ready = outcome else { return (outcome, none) }
-    return (
-      .ready,
-      ChunkEntry(place: table.word(page, slot * 2), checksum: table.word(page, slot * 2 + 1))
-    )
+    let (page, slot) = chunks.place(of: chunk)
+    return readTable(page, pages, otherwise: none) { table in
+      ChunkEntry(place: table.word(slot * 2), checksum: table.word(slot * 2 + 1))
+    }
   }
 
-  private func tableOffset(of chunk: Int) -> Int {
+  private func isPossible(_ entry: ChunkEntry) -> Bool {
+    entry.length > 0 && entry.length <= chunks.blocksPerChunk * ImageLimits.blockSize
+      && entry.offset + entry.length <= chunks.dataLength
+  }
+
+  /// Checks what the table says about a chunk, but not the chunk; `nil` when it is good.
+  func checkEntry(of chunk: Int, _ pages: VerifiedPages) -> ChunkOutcome? {
+    let place = tableOffset(of: chunk)
+    if chunks.isStored {
+      let (outcome, _) = readTable(chunks.place(of: chunk).page, pages, otherwise: ()) { _ in }
+      guard case .ready = outcome else {
+        return ChunkOutcome(outcome: outcome, fileOffset: place)
+      }
+      return nil
+    }
+    let (outcome, entry) = chunkEntry(chunk, pages)
+    guard case .ready = outcome else { return ChunkOutcome(outcome: outcome, fileOffset: place) }
+    return isPossible(entry) ? nil : ChunkOutcome(outcome: .damaged, fileOffset: place)
+  }
+
+  @inline(__always)
+  private func readTable<Value>(
+    _ page: Int, _ pages: VerifiedPages, otherwise none: Value, _ body: (VerifiedPage) -> Value
+  ) -> (outcome: ReadOutcome, value: Value) {
+    pages.read(
+      firstTablePage + page, from: file, offset: chunks.offset(ofTablePage: page),
+      seed: chunks.seed(ofTablePage: page), otherwise: none, body)
+  }
+
+  func tableOffset(of chunk: Int) -> Int {
     chunks.offset(ofTablePage: chunks.place(of: chunk).page)
   }
 
   /// Blocks as they are: one read, then each is checked.
   @unsafe
   func readStored(
-    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, table: VerifiedPages
+    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, pages: VerifiedPages
   ) -> (good: Int, failure: ChunkOutcome?) {
     let blockSize = ImageLimits.blockSize
     let start = chunks.dataOffset + number * blockSize
@@ -176,16 +201,14 @@ final class ChunkStore: Sendable {
     while good < done / blockSize {
       let chunk = number + good
       let (page, slot) = chunks.place(of: chunk)
-      let outcome = table.makeReady(
-        page, from: file, offset: chunks.offset(ofTablePage: page),
-        seed: chunks.seed(ofTablePage: page))
+      let (outcome, checksum) = readTable(page, pages, otherwise: 0) { $0.word(slot) }
       guard case .ready = outcome else {
         return (good, ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk)))
       }
       // SAFETY: the block was filled.
       let found = unsafe Checksum.of(
         buffer + good * blockSize, length: blockSize, seed: chunks.seed(ofChunk: chunk))
-      if found != table.word(page, slot) {
+      if found != checksum {
         return (good, ChunkOutcome(outcome: .damaged, fileOffset: start + good * blockSize))
       }
       good += 1

@@ -4,23 +4,23 @@ internal import LinuxSystem
 internal import Synchronization
 internal import SystemPackage
 
-/// What one thread needs to read a chunk, and the content of the chunk that it read last.
+/// What one thread needs to read a chunk of any image of a chain, and the content of the
+/// chunk that it read last.
 final class ChunkDecoder {
   let decompressor: ZstdDecompressor
   private let mapping: Mapping
-  /// Bytes of a whole chunk's content, and at most of a frame.
-  let contentRoom: Int
-  let frameRoom: Int
-  /// The chunk whose content is in `content`, checked; -1 for none.
-  var chunk = -1
+  /// Bytes of the content of the chain's largest chunk. A frame that is longer than its
+  /// content is not made, so there is as much room for a frame.
+  let room: Int
+  /// The number in the chain of the first block in `content`, which is checked; -1 for none.
+  var firstBlock = -1
   /// Bytes of it.
   var contentLength = 0
 
-  init(_ chunks: ChunkGeometry) throws(Errno) {
-    contentRoom = chunks.blocksPerChunk * ImageLimits.blockSize
-    // A frame that is longer than its content is not made; the content is stored then.
-    frameRoom = contentRoom
-    mapping = try Mapping(anonymous: contentRoom + frameRoom)
+  /// Room for chunks of so many blocks.
+  init(blocks: Int) throws(Errno) {
+    room = blocks * ImageLimits.blockSize
+    mapping = try Mapping(anonymous: 2 * room)
     guard let decompressor = ZstdDecompressor() else { throw .noMemory }
     self.decompressor = decompressor
   }
@@ -28,10 +28,11 @@ final class ChunkDecoder {
   /// Room for the content.
   var content: UnsafeMutableRawPointer { unsafe mapping.pointer }
   /// Room for the frame.
-  var frame: UnsafeMutableRawPointer { unsafe mapping.pointer + contentRoom }
+  var frame: UnsafeMutableRawPointer { unsafe mapping.pointer + room }
 }
 
-/// Decoders that no thread uses now. Taking one and giving it back takes no lock.
+/// Decoders of a chain of images that no thread uses now. Taking one and giving it back takes
+/// no lock. There are as many as threads have read at once, and two: each has about 200 KiB.
 @safe
 final class DecoderPool: @unchecked Sendable {
   // SAFETY: the slots are atomics; a decoder is in one slot or with one thread.
@@ -39,17 +40,19 @@ final class DecoderPool: @unchecked Sendable {
   /// More threads than that make decoders of their own, now and then.
   private static let slotCount = 64
 
-  private let chunks: ChunkGeometry
+  private let blocks: Int
   /// Each the bits of a retained `ChunkDecoder`, or 0.
   private let slots: UnsafeMutablePointer<Atomic<UInt>>
 
   /// A pool with two decoders, so that the first faults need not make one.
-  init(_ chunks: ChunkGeometry) throws(Errno) {
-    self.chunks = chunks
+  ///
+  /// - Parameter blocks: of the largest compressed chunk; 0 where none are compressed.
+  init(blocks: Int) throws(Errno) {
+    self.blocks = blocks
     unsafe slots = .allocate(capacity: Self.slotCount)
     for slot in 0..<Self.slotCount { unsafe (slots + slot).initialize(to: Atomic(0)) }
-    guard !chunks.isStored else { return }
-    for _ in 0..<2 { put(try ChunkDecoder(chunks)) }
+    guard blocks > 0 else { return }
+    for _ in 0..<2 { put(try ChunkDecoder(blocks: blocks)) }
   }
 
   deinit {
@@ -68,7 +71,7 @@ final class DecoderPool: @unchecked Sendable {
       decoder = free
     } else {
       do throws(Errno) {
-        decoder = try ChunkDecoder(chunks)
+        decoder = try ChunkDecoder(blocks: blocks)
       } catch {
         throw noMemory(error)
       }

@@ -58,7 +58,8 @@ extension MemoryImage {
       }
       // SAFETY: the caller vouches for room for all blocks.
       let (good, problem) = try unsafe store.readBlocks(
-        number, count: count, into: buffer + done * ImageLimits.blockSize)
+        number, count: count, into: buffer + done * ImageLimits.blockSize, pages: pages,
+        decoders: decoders)
       done += good
       if let problem {
         if done > 0 { break }
@@ -81,12 +82,19 @@ extension MemoryImage {
     _ geometry: RegionGeometry, block: Int
   ) -> (outcome: ReadOutcome, entry: UInt32) {
     let page = block / RegionGeometry.entriesPerPage
-    let outcome = pages.makeReady(
-      geometry.firstIndexPage + page, from: own.file, offset: geometry.offset(ofIndexPage: page),
-      seed: geometry.seed(ofIndexPage: page))
-    guard case .ready = outcome else { return (outcome, 0) }
     let slot = block - page * RegionGeometry.entriesPerPage
-    return (.ready, pages.half(geometry.firstIndexPage + page, slot))
+    let (outcome, entry) = readIndex(geometry, page: page, otherwise: 0) { $0.half(slot) }
+    return (outcome, entry)
+  }
+
+  /// Looks something up in an index page; see `VerifiedPages.read`.
+  @inline(__always)
+  func readIndex<Value>(
+    _ geometry: RegionGeometry, page: Int, otherwise none: Value, _ body: (VerifiedPage) -> Value
+  ) -> (outcome: ReadOutcome, value: Value) {
+    pages.read(
+      geometry.firstIndexPage + page, from: own.file, offset: geometry.offset(ofIndexPage: page),
+      seed: geometry.seed(ofIndexPage: page), otherwise: none, body)
   }
 
   /// How many blocks from one on, itself included, satisfy a condition. Ends before an index
@@ -98,9 +106,19 @@ extension MemoryImage {
   ) -> Int {
     var count = 1
     while count < limit {
-      let (outcome, entry) = indexEntry(geometry, block: firstBlock + count)
-      guard case .ready = outcome, condition(count, entry) else { break }
-      count += 1
+      let block = firstBlock + count
+      let page = block / RegionGeometry.entriesPerPage
+      let slot = block - page * RegionGeometry.entriesPerPage
+      // Those of one page are looked at together.
+      let length = min(limit - count, RegionGeometry.entriesPerPage - slot)
+      let (outcome, found) = readIndex(geometry, page: page, otherwise: 0) { entries in
+        var found = 0
+        while found < length, condition(count + found, entries.half(slot + found)) { found += 1 }
+        return found
+      }
+      guard case .ready = outcome else { break }
+      count += found
+      if found < length { break }
     }
     return count
   }

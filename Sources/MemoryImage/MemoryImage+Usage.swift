@@ -29,18 +29,28 @@ extension MemoryImage {
     }
     let geometry = geometries[region]
     var usage = RegionUsage()
-    for block in 0..<geometry.blockCount {
-      let (outcome, entry) = indexEntry(geometry, block: block)
+    for page in 0..<geometry.indexPageCount {
+      let blocks = geometry.blocks(ofIndexPage: page)
+      let (outcome, counts) = readIndex(geometry, page: page, otherwise: RegionUsage()) { entries in
+        var counts = RegionUsage()
+        for slot in 0..<blocks.count {
+          let entry = entries.half(slot)
+          if entry == 0 {
+            counts.zeroBlocks += 1
+          } else if Int(entry) - 1 >= own.base {
+            counts.ownBlocks += 1
+          } else {
+            counts.inheritedBlocks += 1
+          }
+        }
+        return counts
+      }
       guard case .ready = outcome else {
-        throw indexFailure(outcome, region: region, block: block)
+        throw indexFailure(outcome, region: region, block: blocks.lowerBound)
       }
-      if entry == 0 {
-        usage.zeroBlocks += 1
-      } else if Int(entry) - 1 >= own.base {
-        usage.ownBlocks += 1
-      } else {
-        usage.inheritedBlocks += 1
-      }
+      usage.zeroBlocks += counts.zeroBlocks
+      usage.ownBlocks += counts.ownBlocks
+      usage.inheritedBlocks += counts.inheritedBlocks
     }
     return usage
   }

@@ -45,10 +45,13 @@ public struct VerifyReport: Sendable {
 
   /// What is wrong with the working set; `nil` when nothing is, or there is none.
   public internal(set) var workingSetFailure: String?
-  /// Blocks of all regions, and whether only a sample of them was looked at.
+  /// Blocks of all regions.
   public internal(set) var blockCount = 0
-  /// Whether only a sample was looked at.
+  /// Whether only a sample of the data was read.
   public internal(set) var isSample = false
+  /// Blocks of data that are not in the sample. Their entries in index and chunk table are
+  /// right.
+  public internal(set) var unreadBlocks = 0
 
   /// Blocks that were looked at.
   public var checkedBlocks: Int { zeroBlocks + dataBlocks + damagedBlocks }
@@ -69,14 +72,14 @@ extension MemoryImage {
   /// storage again. Other threads may read meanwhile.
   ///
   /// Throws `ImageError` when header, tables or device states are bad: then there is no
-  /// sense in looking at the memory; and `limitExceeded` when there is no memory for 4
-  /// bytes for each chunk. Bad memory is in the report.
+  /// sense in looking at the memory; and `limitExceeded` when there is no memory for a
+  /// byte for each chunk of the chain. Bad memory is in the report.
   ///
   /// - Parameters:
-  ///   - sample: the share of memory to look at, 0 to 1, in pieces of 1022 blocks (4 MiB);
-  ///     header, tables, device states and working set are always looked at. Less than all
-  ///     finds damage with that probability only.
-  ///   - seed: decides which pieces.
+  ///   - sample: the share of the data to read, 0 to 1: that share of the chunks of each image
+  ///     of the chain, and at least one, spread evenly and at random. Header, tables, index,
+  ///     the entries of all chunks, device states and working set are always looked at.
+  ///   - seed: decides which chunks.
   ///   - progress: called at least once for each 4 MiB with the blocks done and all blocks.
   public func verify(
     sample: Double = 1, seed: UInt64 = 0,
@@ -86,14 +89,12 @@ extension MemoryImage {
     guard current.id == id, current.regions == regions else {
       throw ImageError(.damaged, path, "the file was overwritten while it was open")
     }
-    var check = try ImageCheck(self)
+    var check = try ImageCheck(self, ChunkSample(share: sample, seed: seed))
     let total = regions.reduce(0) { $0 + $1.blockCount }
-    var random = SampleGenerator(state: seed)
     for region in geometries.indices {
-      for page in 0..<geometries[region].indexPageCount
-      where sample >= 1 || random.nextShare() < sample {
+      for page in 0..<geometries[region].indexPageCount {
         check.run(page: page, ofRegion: region)
-        progress(check.report.checkedBlocks, total)
+        progress(check.report.checkedBlocks + check.report.unreadBlocks, total)
       }
     }
     var report = check.report
@@ -108,20 +109,6 @@ extension MemoryImage {
   }
 }
 
-/// SplitMix64: the same pieces for the same seed.
-private struct SampleGenerator {
-  var state: UInt64
-
-  /// From 0 up to but not 1.
-  mutating func nextShare() -> Double {
-    state &+= 0x9E37_79B9_7F4A_7C15
-    var value = state
-    value = (value ^ value >> 30) &* 0xBF58_476D_1CE4_E5B9
-    value = (value ^ value >> 27) &* 0x94D0_49BB_1331_11EB
-    return Double((value ^ value >> 31) >> 11) / Double(1 << 53)
-  }
-}
-
 /// One pass of `MemoryImage.verify`: trusts nothing that was read before.
 private struct ImageCheck {
   private let image: MemoryImage
@@ -129,9 +116,11 @@ private struct ImageCheck {
   private var chunks: [ChunkCheck] = []
   private(set) var report = VerifyReport()
 
-  init(_ image: MemoryImage) throws(ImageError) {
+  init(_ image: MemoryImage, _ sample: ChunkSample) throws(ImageError) {
     self.image = image
-    for store in [image.own] + image.others { chunks.append(try ChunkCheck(store)) }
+    for store in [image.own] + image.others {
+      chunks.append(try ChunkCheck(store, sample))
+    }
   }
 
   /// Checks one index page and its blocks.
@@ -156,77 +145,21 @@ private struct ImageCheck {
         report.zeroBlocks += 1
         continue
       }
-      guard let problem = check(number: Int(entry) - 1) else {
-        report.dataBlocks += 1
-        continue
+      switch check(number: Int(entry) - 1) {
+      case .right: report.dataBlocks += 1
+      case .unread: report.unreadBlocks += 1
+      case .bad(let problem):
+        report.add(
+          VerifyReport.Damage(
+            region: region, firstBlock: block, blockCount: 1, fileOffset: problem.fileOffset,
+            cause: problem.outcome.cause(mismatch: .data) ?? .data))
       }
-      report.add(
-        VerifyReport.Damage(
-          region: region, firstBlock: block, blockCount: 1, fileOffset: problem.fileOffset,
-          cause: problem.outcome.cause(mismatch: .data) ?? .data))
     }
   }
 
-  private mutating func check(number: Int) -> ChunkOutcome? {
+  private mutating func check(number: Int) -> ChunkCheck.Finding {
     let place = chunks.firstIndex { number >= $0.store.base } ?? 0
     return chunks[place].check(number: number - chunks[place].store.base)
-  }
-}
-
-/// Checks the chunks of one image, each once.
-private struct ChunkCheck {
-  let store: ChunkStore
-  private let decoder: ChunkDecoder
-  /// Pages of the chunk table, read again.
-  private let table: VerifiedPages
-  /// For each chunk: 0 not looked at; 1 to 16 good, so many blocks; else 33 + its place in
-  /// `problems`.
-  private var states: [UInt32]
-  private var problems: [ChunkOutcome] = []
-
-  init(_ store: ChunkStore) throws(ImageError) {
-    self.store = store
-    states = Array(repeating: 0, count: store.chunks.chunkCount)
-    do throws(Errno) {
-      decoder = try ChunkDecoder(store.chunks)
-      table = try VerifiedPages(pageCount: store.chunks.tablePageCount)
-    } catch {
-      throw ImageError(.limitExceeded, store.path, "there is no memory to verify it", errno: error)
-    }
-  }
-
-  /// What is wrong with a block, by its number in this image.
-  mutating func check(number: Int) -> ChunkOutcome? {
-    let chunks = store.chunks
-    let (chunk, slot) = number.quotientAndRemainder(dividingBy: chunks.blocksPerChunk)
-    guard chunk < chunks.chunkCount else {
-      return ChunkOutcome(outcome: .damaged, fileOffset: chunks.tableOffset)
-    }
-    if states[chunk] == 0 {
-      let problem: ChunkOutcome?
-      var length = chunks.blocksPerChunk
-      if chunks.isStored {
-        // SAFETY: the decoder has room for a block.
-        problem = unsafe store.readStored(
-          chunk, count: 1, into: decoder.content, table: table
-        ).failure
-      } else {
-        problem = store.decode(chunk, with: decoder, table: table)
-        length = decoder.contentLength / ImageLimits.blockSize
-      }
-      if let problem {
-        problems.append(problem)
-        states[chunk] = UInt32(problems.count) + 32
-      } else {
-        states[chunk] = UInt32(length)
-      }
-    }
-    if states[chunk] > 32 { return problems[Int(states[chunk]) - 33] }
-    guard slot < Int(states[chunk]) else {
-      return ChunkOutcome(
-        outcome: .damaged, fileOffset: chunks.offset(ofTablePage: chunks.place(of: chunk).page))
-    }
-    return nil
   }
 }
 
@@ -237,7 +170,7 @@ extension ReadOutcome {
   ) -> VerifyReport.Damage.Cause? {
     switch self {
     case .ready: nil
-    case .damaged, .busy: mismatch
+    case .damaged: mismatch
     case .failed(.noData): .truncated
     case .failed(let errno): .inputOutput(errno)
     }

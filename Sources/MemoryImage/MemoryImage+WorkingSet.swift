@@ -27,6 +27,10 @@ extension MemoryImage {
       try workingSetBytes(
         at: fileLength, length: min(length - fileLength, WorkingSetSection.headerLength)), id: id)
     guard let header else { throw damaged("is incomplete, or what follows the image is none") }
+    // A run has a block at least: so what is read is bounded by the image.
+    guard header.runs <= regions.reduce(0, { $0 + $1.blockCount }) else {
+      throw damaged("has more runs than the image has blocks")
+    }
     let entries = header.runs * WorkingSetSection.entryLength
     guard fileLength + WorkingSetSection.headerLength + entries == length else {
       throw damaged("has another length than it says")

@@ -6,8 +6,9 @@ public import SystemPackage
 /// A snapshot image, open for reading (docs/image-format.md).
 ///
 /// Any number of threads may read at once. The image keeps its file open: replacing the
-/// file under its path does not change what is read. The descriptor and the memory of index
-/// and chunk table (at most 0.3 % of what was read of the guest) go with the last reference.
+/// file under its path does not change what is read. The descriptor and the memory for pages
+/// of index and chunk tables (3/4 MiB for each GiB of the guest, and no less than 256 KiB)
+/// go with the last reference.
 public final class MemoryImage: Sendable {
   /// Where it was opened.
   public let path: FilePath
@@ -26,7 +27,9 @@ public final class MemoryImage: Sendable {
   public let ancestors: [ImageAncestor]
 
   let geometries: [RegionGeometry]
+  /// Pages of the index, and of the chunk tables of the whole chain.
   let pages: VerifiedPages
+  let decoders: DecoderPool
   /// Its own blocks, and those of its ancestors, the youngest first.
   let own: ChunkStore
   let others: [ChunkStore]
@@ -37,7 +40,12 @@ public final class MemoryImage: Sendable {
   ///
   /// Throws any code but `outOfRange` and `incomplete`. A file that passes may still have
   /// damaged memory: `verify` tells.
-  public init(path: FilePath) throws(ImageError) {
+  public convenience init(path: FilePath) throws(ImageError) {
+    try self.init(path: path, cachedPages: nil)
+  }
+
+  /// The same, with room for that many pages of index and chunk tables, for tests.
+  package init(path: FilePath, cachedPages: Int?) throws(ImageError) {
     let file: OwnedDescriptor
     do throws(Errno) {
       file = try OwnedDescriptor(openingForReading: path)
@@ -45,18 +53,28 @@ public final class MemoryImage: Sendable {
       throw ImageError(.inputOutput, path, "it cannot be opened", errno: error)
     }
     let catalog = try ImageCatalog(reading: file, path: path)
+    var base = 0
+    var pageCount = catalog.indexPageCount
+    var others: [ChunkStore] = []
+    for ancestor in catalog.ancestors {
+      let store = try ChunkStore.open(
+        ancestor, of: path, base: base, firstTablePage: pageCount)
+      others.append(store)
+      base += ancestor.blockNumbers
+      pageCount += store.chunks.tablePageCount
+    }
+    let own = ChunkStore(file, catalog, base: base, firstTablePage: pageCount, path: path)
+    pageCount += own.chunks.tablePageCount
     do throws(Errno) {
-      pages = try VerifiedPages(pageCount: catalog.indexPageCount)
+      pages = try VerifiedPages(
+        capacity: cachedPages
+          ?? min(pageCount, Self.cachedPages(blocks: catalog.regions.map(\.blockCount))))
+      decoders = try DecoderPool(
+        blocks: others.reduce(own.compressedBlocks) { max($0, $1.compressedBlocks) })
     } catch {
       throw ImageError(.limitExceeded, path, "there is no memory for its index", errno: error)
     }
-    var base = 0
-    var others: [ChunkStore] = []
-    for ancestor in catalog.ancestors {
-      others.append(try ChunkStore.open(ancestor, of: path, base: base))
-      base += ancestor.blockNumbers
-    }
-    own = try ChunkStore(file, catalog, base: base, path: path)
+    self.own = own
     self.others = others.reversed()
     self.path = path
     id = catalog.id
@@ -66,6 +84,11 @@ public final class MemoryImage: Sendable {
     geometries = catalog.geometries
     states = catalog.states
     metadata = catalog.metadata
+  }
+
+  /// Pages of index and chunk tables to keep: 3/4 MiB for each GiB, at least 256 KiB.
+  private static func cachedPages(blocks: [Int]) -> Int {
+    max(64, blocks.reduce(0, +) / 4096 * 3)
   }
 
   /// The image of the chain that has a stored block.

@@ -22,21 +22,26 @@ public struct WorkingSet: Hashable, Sendable {
   /// The runs, in the order of the touches.
   public let runs: [WorkingSetRun]
 
+  /// More blocks are not taken: 1 TiB of memory.
+  static let mostBlocks = 1 << 28
+
   /// Blocks of all runs.
   public var blockCount: Int { runs.reduce(0) { $0 + $1.blockCount } }
 
   /// A working set of some runs; runs that continue each other become one.
   ///
-  /// - Returns: `nil` where a run has blocks that the regions have not, or none, or where a
-  ///   block occurs twice.
+  /// - Returns: `nil` where a run has blocks that the regions have not, or none, where a block
+  ///   occurs twice, or for more than 2^28 blocks.
   public init?(_ runs: [WorkingSetRun], of regions: [ImageRegion]) {
-    var seen = regions.map { BlockSet($0.blockCount) }
+    var seen = regions.map { _ in BlockSet() }
     var joined: [WorkingSetRun] = []
+    var left = Self.mostBlocks
     for run in runs {
       guard regions.indices.contains(run.region), run.firstBlock >= 0, run.blockCount > 0,
         run.firstBlock <= regions[run.region].blockCount,
-        run.blockCount <= regions[run.region].blockCount - run.firstBlock
+        run.blockCount <= regions[run.region].blockCount - run.firstBlock, run.blockCount <= left
       else { return nil }
+      left -= run.blockCount
       for block in run.firstBlock..<run.firstBlock + run.blockCount {
         guard seen[run.region].insert(block) else { return nil }
       }
@@ -55,8 +60,6 @@ public struct WorkingSet: Hashable, Sendable {
   private struct BlockSet {
     private static let part = 1 << 15
     private var parts: [Int: [UInt64]] = [:]
-
-    init(_ blockCount: Int) {}
 
     /// Whether it was not there.
     mutating func insert(_ block: Int) -> Bool {

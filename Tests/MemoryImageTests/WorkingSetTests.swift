@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+import Foundation
 import LinuxSystem
 import MemoryImage
 import SystemPackage
@@ -100,6 +101,14 @@ struct WorkingSetTests {
     #expect(try bytes() == intact.bytes)
   }
 
+  @Test("More than 2^28 blocks are refused at once")
+  func mostBlocks() {
+    let large = ImageRegion(
+      name: "ram", guestAddress: GuestAddress(0), length: 1 << 48, pageSize: .size4KiB)
+    let run = WorkingSetRun(region: 0, firstBlock: 0, blockCount: 1 << 28 + 1)
+    #expect(WorkingSet([run], of: [large]) == nil)
+  }
+
   @Test("A set that lies with right checksums is refused, in bounded memory")
   func lies() throws {
     let seed = intact.key(9)
@@ -171,20 +180,48 @@ struct WorkingSetTests {
     }
   }
 
-  @Test("A sample looks at less, finds damage in what it looks at, and says so")
-  func sample() throws {
-    let image = try MemoryImage(path: file.path)
-    let whole = try image.verify()
-    #expect(!whole.isSample && whole.checkedBlocks == whole.blockCount)
-    var shares: Set<Int> = []
-    for seed in 0..<32 {
-      let report = try image.verify(sample: 0.5, seed: UInt64(seed))
-      #expect(report.isSample && report.isIntact && report.blockCount == whole.blockCount)
-      #expect(
-        try image.verify(sample: 0.5, seed: UInt64(seed)).checkedBlocks == report.checkedBlocks)
-      shares.insert(report.checkedBlocks)
+  @Test("Whoever is killed while setting one leaves the image, and the new set, none or the old")
+  func killed() async throws {
+    try await withKillDirectory { directory in
+      let path = FilePath(directory).appending("image")
+      try Sample.machine.write(to: path)
+      try MemoryImage.setWorkingSet(Self.runs, of: path)
+      for delay in 0..<8 {
+        await #expect(processExitsWith: .signal(SIGKILL)) {
+          [directory = directory as String, delay = delay as Int] in
+          let killer = try NamedThread(name: "kill") {
+            usleep(UInt32(300 * delay))
+            kill(getpid(), SIGKILL)
+          }
+          let path = FilePath(directory).appending("image")
+          while true {
+            try MemoryImage.setWorkingSet(Self.runs, of: path)
+            try MemoryImage.setWorkingSet([Self.runs[1]], of: path)
+          }
+          killer.join()
+        }
+        let image = try MemoryImage(path: path)
+        var set: WorkingSet?
+        let error = imageError { set = try image.workingSet() }
+        if error == nil {
+          #expect([nil, Self.runs, [Self.runs[1]]].contains(set?.runs))
+        } else {
+          #expect(error?.code == .damaged)
+        }
+        #expect(Sample.machine.compare(with: image).right == 2068)
+        #expect(try image.verify().damagedBlocks == 0)
+        // The lock went with the process.
+        try MemoryImage.setWorkingSet(Self.runs, of: path)
+      }
     }
-    #expect(shares.count > 1)
-    #expect(shares.allSatisfy { $0 <= whole.blockCount })
+  }
+
+  private func withKillDirectory(_ body: (String) async throws -> Void) async throws {
+    let directory = FileManager.default.temporaryDirectory.appendingPathComponent(
+      "faultline-working-set-\(UUID().uuidString)"
+    ).path
+    try FileManager.default.createDirectory(atPath: directory, withIntermediateDirectories: false)
+    defer { try? FileManager.default.removeItem(atPath: directory) }
+    try await body(directory)
   }
 }

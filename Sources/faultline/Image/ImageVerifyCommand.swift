@@ -9,15 +9,15 @@ struct ImageVerifyCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "verify", abstract: "Read all of an image and check every page.",
     discussion: """
-      With --sample only that share of the memory is read, in pieces of 4 MiB; header, tables,
-      device states and working set are always checked.
+      With --sample only that share of the data is read, at random places; header, tables, the
+      whole index, device states and working set are always checked.
 
       Exit status: 0 all that was looked at is right; 2 something is damaged; 1 it cannot be read.
       """)
 
   @Argument(help: "The image.", completion: .file())
   var image: String
-  @Option(help: ArgumentHelp("Look at a random sample of the memory.", valueName: "percent"))
+  @Option(help: ArgumentHelp("Read a random sample of the data.", valueName: "percent"))
   var sample: Double?
   @Option(help: "What decides the sample. (default: another one each time)")
   var seed: UInt64?
@@ -29,8 +29,10 @@ struct ImageVerifyCommand: ParsableCommand {
     let zeroPages: Int
     let dataPages: Int
     let damagedPages: Int
+    let unreadPages: Int
     let pages: Int
     let isSample: Bool
+    let seed: UInt64?
     let damages: [String]
     let workingSetFailure: String?
   }
@@ -46,8 +48,9 @@ struct ImageVerifyCommand: ParsableCommand {
     let opened = try MemoryImage(path: FilePath(image))
     let progress = ProgressLine("verify")
     let callback = progress.callback
+    let seed = seed ?? .random(in: .min ... .max)
     let report = try opened.verify(
-      sample: (sample ?? 100) / 100, seed: seed ?? .random(in: .min ... .max)
+      sample: (sample ?? 100) / 100, seed: seed
     ) { done, total in callback?(done * 4096, total * 4096) }
     progress.finish()
     let damages = report.damages.map { damage in
@@ -60,16 +63,17 @@ struct ImageVerifyCommand: ParsableCommand {
       try Terminal.printJSON(
         Result(
           image: image, zeroPages: report.zeroBlocks, dataPages: report.dataBlocks,
-          damagedPages: report.damagedBlocks, pages: report.blockCount,
-          isSample: report.isSample, damages: damages,
+          damagedPages: report.damagedBlocks, unreadPages: report.unreadBlocks,
+          pages: report.blockCount, isSample: report.isSample, seed: report.isSample ? seed : nil,
+          damages: damages,
           workingSetFailure: report.workingSetFailure))
     } else {
-      show(report, damages)
+      show(report, damages, seed: seed)
     }
     if !report.isIntact { throw wrongPagesStatus }
   }
 
-  private func show(_ report: VerifyReport, _ damages: [String]) {
+  private func show(_ report: VerifyReport, _ damages: [String], seed: UInt64) {
     for damage in damages { print(damage) }
     if let failure = report.workingSetFailure {
       print("\(failure); `faultline image working-set \(image) --remove` takes it away")
@@ -79,10 +83,10 @@ struct ImageVerifyCommand: ParsableCommand {
       print("\(image): \(right), \(report.damagedBlocks) damaged")
       return
     }
-    let share = Double(report.checkedBlocks) * 100 / Double(max(1, report.blockCount))
+    let read = report.dataBlocks + report.damagedBlocks
     print(
-      "\(image): a sample of \(report.checkedBlocks) of \(report.blockCount) pages "
-        + "(\(Int(share.rounded())) %): \(right), \(report.damagedBlocks) damaged. "
-        + "The other pages were not looked at")
+      "\(image): a sample of \(read) of \(read + report.unreadBlocks) pages of data "
+        + "(--seed \(seed) takes the same), and all of index and tables: \(right), "
+        + "\(report.damagedBlocks) damaged. The other pages were not looked at")
   }
 }
