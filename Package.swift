@@ -26,9 +26,11 @@ func library(
     swiftSettings: swiftSettings)
 }
 
-func tests(_ name: String, _ dependencies: [Target.Dependency]) -> Target {
+func tests(
+  _ name: String, _ dependencies: [Target.Dependency], exclude: [String] = []
+) -> Target {
   .testTarget(
-    name: name, dependencies: dependencies + ["TestSupport", systemPackage],
+    name: name, dependencies: dependencies + ["TestSupport", systemPackage], exclude: exclude,
     swiftSettings: swiftSettings)
 }
 
@@ -135,7 +137,9 @@ let package = Package(
       ],
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
-    tests("MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash", "CCrypto"]),
+    tests(
+      "MemoryImageTests", ["MemoryImage", "LinuxSystem", "CXXHash", "CCrypto"],
+      exclude: ["Corpus"]),
     tests("MemoryImportTests", ["MemoryImport", "MemoryImage", "LinuxSystem"]),
     tests("UserfaultTests", ["Userfault", "LinuxSystem", "CTestSupport"]),
     tests("KVMTests", ["KVM", "LinuxSystem"]),

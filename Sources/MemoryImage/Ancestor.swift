@@ -67,8 +67,11 @@ enum AncestorTable {
 extension ChunkStore {
   /// Finds an ancestor's file: where the hint says, or under the hint's last name in the
   /// directory of the image that builds on it.
+  ///
+  /// - Parameter older: what it has to build on, itself: so a chain has no circle.
   static func open(
-    _ ancestor: ImageAncestor, of image: FilePath, base: Int, firstTablePage: Int
+    _ ancestor: ImageAncestor, of image: FilePath, older: ArraySlice<ImageAncestor>, base: Int,
+    firstTablePage: Int
   ) throws(ImageError) -> ChunkStore {
     let directory = image.removingLastComponent()
     var places: [FilePath] = []
@@ -96,6 +99,9 @@ extension ChunkStore {
         catalog.chunks.blocksPerChunk == ancestor.blocksPerChunk
       else {
         throw ImageError(.invalidLayout, image, "it is wrong about the chunks of \(place)")
+      }
+      guard catalog.ancestors.elementsEqual(older, by: { $0.contentID == $1.contentID }) else {
+        throw ImageError(.invalidLayout, image, "it is wrong about what \(place) builds on")
       }
       return ChunkStore(
         file, catalog, base: base, firstTablePage: firstTablePage, path: place)

@@ -56,9 +56,10 @@ public final class MemoryImage: Sendable {
     var base = 0
     var pageCount = catalog.indexPageCount
     var others: [ChunkStore] = []
-    for ancestor in catalog.ancestors {
+    for (number, ancestor) in catalog.ancestors.enumerated() {
       let store = try ChunkStore.open(
-        ancestor, of: path, base: base, firstTablePage: pageCount)
+        ancestor, of: path, older: catalog.ancestors[..<number], base: base,
+        firstTablePage: pageCount)
       others.append(store)
       base += ancestor.blockNumbers
       pageCount += store.chunks.tablePageCount
