@@ -36,7 +36,11 @@ public enum ImageImport {
       let includesZeros = parent != nil
       try unsafe PieceWork(pieces: pieces.count, threads: threads).run(
         name: "import", bufferLength: PieceWork.pieceLength,
-        noMemory: { ImportError(.inputOutput, path, "there is no memory to read with", errno: $0) }
+        noMemory: {
+          ImportError(
+            .inputOutput, path, "there is no memory to read with",
+            remedy: "Free 4 MiB for each thread, or use fewer.", errno: $0)
+        }
       ) { (number, buffer) throws(ImportError) in
         let piece = pieces[number]
         // SAFETY: the buffer is as long as the longest piece, and this thread's.

@@ -41,7 +41,11 @@ public enum RawExport {
       let counter = ByteProgress(total: source.byteCount, progress)
       try unsafe PieceWork(pieces: pieces.count, threads: threads).run(
         name: "export", bufferLength: PieceWork.pieceLength,
-        noMemory: { ImportError(.inputOutput, path, "there is no memory to read with", errno: $0) }
+        noMemory: {
+          ImportError(
+            .inputOutput, path, "there is no memory to read with",
+            remedy: "Free 4 MiB for each thread, or use fewer.", errno: $0)
+        }
       ) { (number, buffer) throws(ImportError) in
         let piece = pieces[number]
         // SAFETY: the buffer is as long as the longest piece, and this thread's.
