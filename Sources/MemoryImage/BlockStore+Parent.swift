@@ -12,7 +12,7 @@ extension BlockStore {
       $0.guestAddress == $1.guestAddress && $0.length == $1.length
     }
     guard isSame else {
-      throw ImageError(.invalidLayout, path, "its regions are not those of \(parent.path)")
+      throw ImageError(.invalidArgument, path, "its regions are not those of \(parent.path)")
     }
     guard parent.ancestors.count < ImageLimits.ancestors else {
       throw ImageError(
@@ -20,7 +20,7 @@ extension BlockStore {
     }
     guard try !isInChain(of: parent) else {
       throw ImageError(
-        .invalidLayout, path, "it would replace an image that it builds on; choose another name")
+        .invalidArgument, path, "it would replace an image that it builds on; choose another name")
     }
     guard base + layout.chunkCapacity * options.blocksPerChunk < Int(UInt32.max) else {
       throw ImageError(.limitExceeded, path, "its chain would have too many blocks")

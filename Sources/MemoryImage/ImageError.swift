@@ -8,7 +8,7 @@ public struct ImageError: Error, Sendable {
   public struct Code: Hashable, Sendable {
     fileprivate enum Kind {
       case notAnImage, unsupportedVersion, truncated, damaged, invalidLayout, limitExceeded
-      case outOfRange, incomplete, inputOutput, ancestorMissing
+      case outOfRange, incomplete, inputOutput, ancestorMissing, invalidArgument
     }
     fileprivate let kind: Kind
     private init(_ kind: Kind) { self.kind = kind }
@@ -29,6 +29,9 @@ public struct ImageError: Error, Sendable {
     public static let outOfRange = Self(.outOfRange)
     /// The image cannot be finished: a write failed before, or it is already closed.
     public static let incomplete = Self(.incomplete)
+    /// What the caller wants cannot be: a parent of another machine, blocks that the image does
+    /// not have, the name of an image that is needed.
+    public static let invalidArgument = Self(.invalidArgument)
     /// An image that it builds on is not where it was.
     public static let ancestorMissing = Self(.ancestorMissing)
     /// The kernel refused; `errno` says why.
@@ -92,6 +95,7 @@ extension ImageError: CustomStringConvertible {
     case .limitExceeded: "docs/image-format.md lists the limits."
     case .outOfRange: "Ask for blocks that the image's regions have."
     case .incomplete: "Remove the cause and take the snapshot again; the target is unchanged."
+    case .invalidArgument: "Nothing was changed."
     case .ancestorMissing: "Put that image back, or beside this one."
     case .inputOutput:
       errno == .noSpace || errno == .diskQuotaExceeded

@@ -72,7 +72,7 @@ extension MemoryImage {
   /// that it is damaged. Readers that have the image open see the new one at their next call.
   ///
   /// Throws what opening throws; `incomplete` while somebody else is doing the same;
-  /// `invalidLayout` for blocks that the image does not have; `limitExceeded` for more than
+  /// `invalidArgument` for blocks that the image does not have; `limitExceeded` for more than
   /// 2^24 runs; `inputOutput`.
   public static func setWorkingSet(
     _ runs: [WorkingSetRun]?, of path: FilePath
@@ -82,7 +82,7 @@ extension MemoryImage {
     if let runs, !runs.isEmpty {
       guard let set = WorkingSet(runs, of: image.regions) else {
         throw ImageError(
-          .invalidLayout, path,
+          .invalidArgument, path,
           "a working set may only name blocks that the image has, and each once")
       }
       guard set.runs.count <= WorkingSetSection.mostRuns else {

@@ -97,7 +97,7 @@ struct WorkingSetTests {
     ])
   func refused(runs: [WorkingSetRun]) throws {
     let error = imageError { try MemoryImage.setWorkingSet(runs, of: file.path) }
-    #expect(error?.code == .invalidLayout)
+    #expect(error?.code == .invalidArgument)
     #expect(try bytes() == intact.bytes)
   }
 

@@ -137,7 +137,7 @@ struct ImageImportTests {
         try ImageImport.write(input, to: target, parent: try MemoryImage(path: base))
       }
       #expect(error?.code == .image)
-      #expect((error?.cause as? ImageError)?.code == .invalidLayout)
+      #expect((error?.cause as? ImageError)?.code == .invalidArgument)
       #expect(error?.description.contains("its regions are not those of \(base)") == true)
       let lost = importError {
         try ImageImport.write(input, to: directory.appending("no").appending("image"))
