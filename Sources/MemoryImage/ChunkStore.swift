@@ -129,13 +129,14 @@ final class ChunkStore: Sendable {
   /// The entry of a chunk of a compressed image.
   private func chunkEntry(
     _ chunk: Int, _ pages: VerifiedPages
-  ) -> (outcome: ReadOutcome, value: ChunkEntry) {
-    let none = ChunkEntry(offset: 0, length: 0, checksum: 0)
-    guard chunk < chunks.chunkCount else { return (.damaged, none) }
+  ) -> (outcome: ReadOutcome, entry: ChunkEntry) {
+    var entry = ChunkEntry(offset: 0, length: 0, checksum: 0)
+    guard chunk < chunks.chunkCount else { return (.damaged, entry) }
     let (page, slot) = chunks.place(of: chunk)
-    return readTable(page, pages, otherwise: none) { table in
+    let outcome = readTable(page, pages, &entry) { table in
       ChunkEntry(place: table.word(slot * 2), checksum: table.word(slot * 2 + 1))
     }
+    return (outcome, entry)
   }
 
   private func isPossible(_ entry: ChunkEntry) -> Bool {
@@ -147,7 +148,9 @@ final class ChunkStore: Sendable {
   func checkEntry(of chunk: Int, _ pages: VerifiedPages) -> ChunkOutcome? {
     let place = tableOffset(of: chunk)
     if chunks.isStored {
-      let (outcome, _) = readTable(chunks.place(of: chunk).page, pages, otherwise: ()) { _ in }
+      let (page, slot) = chunks.place(of: chunk)
+      var checksum: UInt64 = 0
+      let outcome = readTable(page, pages, &checksum) { $0.word(slot) }
       guard case .ready = outcome else {
         return ChunkOutcome(outcome: outcome, fileOffset: place)
       }
@@ -160,11 +163,11 @@ final class ChunkStore: Sendable {
 
   @inline(__always)
   private func readTable<Value>(
-    _ page: Int, _ pages: VerifiedPages, otherwise none: Value, _ body: (VerifiedPage) -> Value
-  ) -> (outcome: ReadOutcome, value: Value) {
+    _ page: Int, _ pages: VerifiedPages, _ value: inout Value, _ body: (VerifiedPage) -> Value
+  ) -> ReadOutcome {
     pages.read(
       firstTablePage + page, from: file, offset: chunks.offset(ofTablePage: page),
-      seed: chunks.seed(ofTablePage: page), otherwise: none, body)
+      seed: chunks.seed(ofTablePage: page), &value, body)
   }
 
   func tableOffset(of chunk: Int) -> Int {
@@ -201,7 +204,8 @@ final class ChunkStore: Sendable {
     while good < done / blockSize {
       let chunk = number + good
       let (page, slot) = chunks.place(of: chunk)
-      let (outcome, checksum) = readTable(page, pages, otherwise: 0) { $0.word(slot) }
+      var checksum: UInt64 = 0
+      let outcome = readTable(page, pages, &checksum) { $0.word(slot) }
       guard case .ready = outcome else {
         return (good, ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk)))
       }

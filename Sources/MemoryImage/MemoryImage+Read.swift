@@ -83,18 +83,19 @@ extension MemoryImage {
   ) -> (outcome: ReadOutcome, entry: UInt32) {
     let page = block / RegionGeometry.entriesPerPage
     let slot = block - page * RegionGeometry.entriesPerPage
-    let (outcome, entry) = readIndex(geometry, page: page, otherwise: 0) { $0.half(slot) }
+    var entry: UInt32 = 0
+    let outcome = readIndex(geometry, page: page, &entry) { $0.half(slot) }
     return (outcome, entry)
   }
 
   /// Looks something up in an index page; see `VerifiedPages.read`.
   @inline(__always)
   func readIndex<Value>(
-    _ geometry: RegionGeometry, page: Int, otherwise none: Value, _ body: (VerifiedPage) -> Value
-  ) -> (outcome: ReadOutcome, value: Value) {
+    _ geometry: RegionGeometry, page: Int, _ value: inout Value, _ body: (VerifiedPage) -> Value
+  ) -> ReadOutcome {
     pages.read(
       geometry.firstIndexPage + page, from: own.file, offset: geometry.offset(ofIndexPage: page),
-      seed: geometry.seed(ofIndexPage: page), otherwise: none, body)
+      seed: geometry.seed(ofIndexPage: page), &value, body)
   }
 
   /// How many blocks from one on, itself included, satisfy a condition. Ends before an index
@@ -111,10 +112,11 @@ extension MemoryImage {
       let slot = block - page * RegionGeometry.entriesPerPage
       // Those of one page are looked at together.
       let length = min(limit - count, RegionGeometry.entriesPerPage - slot)
-      let (outcome, found) = readIndex(geometry, page: page, otherwise: 0) { entries in
-        var found = 0
-        while found < length, condition(count + found, entries.half(slot + found)) { found += 1 }
-        return found
+      var found = 0
+      let outcome = readIndex(geometry, page: page, &found) { entries in
+        var index = 0
+        while index < length, condition(count + index, entries.half(slot + index)) { index += 1 }
+        return index
       }
       guard case .ready = outcome else { break }
       count += found

@@ -31,7 +31,8 @@ extension MemoryImage {
     var usage = RegionUsage()
     for page in 0..<geometry.indexPageCount {
       let blocks = geometry.blocks(ofIndexPage: page)
-      let (outcome, counts) = readIndex(geometry, page: page, otherwise: RegionUsage()) { entries in
+      var counts = RegionUsage()
+      let outcome = readIndex(geometry, page: page, &counts) { entries in
         var counts = RegionUsage()
         for slot in 0..<blocks.count {
           let entry = entries.half(slot)

@@ -105,14 +105,14 @@ final class VerifiedPages: @unchecked Sendable {
   ///
   /// - Parameters:
   ///   - page: its number, the same for the same page of the same file.
-  ///   - none: the value where the page is not to be had.
+  ///   - value: what `body` returned; as it was where the page is not to be had.
   ///   - body: may be called more than once, also with a page whose words are not of one
   ///     time: it must end, must not trap, and has no effect but its value.
   @inline(__always)
   func read<Value>(
     _ page: Int, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64,
-    otherwise none: Value, _ body: (VerifiedPage) -> Value
-  ) -> (outcome: ReadOutcome, value: Value) {
+    _ value: inout Value, _ body: (VerifiedPage) -> Value
+  ) -> ReadOutcome {
     let tag = UInt64(truncatingIfNeeded: page) &+ 1
     let first = (page % setCount) &* Self.ways
     for way in first..<first &+ Self.ways {
@@ -122,30 +122,33 @@ final class VerifiedPages: @unchecked Sendable {
       let before = unsafe slot.pointee.sequence.load(ordering: .acquiring)
       guard before & 1 == 0, unsafe slot.pointee.tag.load(ordering: .relaxed) == tag
       else { continue }
-      let value = body(unsafe VerifiedPage(words: words + way &* Self.wordsPerPage))
+      let found = body(unsafe VerifiedPage(words: words + way &* Self.wordsPerPage))
       // Pairs with the fence in `keep`: whoever saw a word of another page sees the number
       // that was made odd before that word was written.
       atomicMemoryFence(ordering: .acquiring)
-      if unsafe slot.pointee.sequence.load(ordering: .relaxed) == before { return (.ready, value) }
+      guard unsafe slot.pointee.sequence.load(ordering: .relaxed) == before else { continue }
+      value = found
+      return .ready
     }
-    return load(page, from: file, offset: offset, seed: seed, otherwise: none, body)
+    return load(page, from: file, offset: offset, seed: seed, &value, body)
   }
 
   /// Reads a page from the file, checks it, and answers from that copy.
   @inline(never)
   private func load<Value>(
     _ page: Int, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64,
-    otherwise none: Value, _ body: (VerifiedPage) -> Value
-  ) -> (outcome: ReadOutcome, value: Value) {
+    _ value: inout Value, _ body: (VerifiedPage) -> Value
+  ) -> ReadOutcome {
     var staging = Staging(repeating: 0)
     let outcome = Self.read(into: &staging, from: file, offset: offset, seed: seed)
-    guard case .ready = outcome else { return (outcome, none) }
+    guard case .ready = outcome else { return outcome }
     return unsafe withUnsafeBytes(of: &staging) { bytes in
-      guard let start = bytes.baseAddress else { return (.damaged, none) }
+      guard let start = bytes.baseAddress else { return .damaged }
       // SAFETY: the words of the page, which only this thread has.
       let copy = unsafe VerifiedPage(words: start.assumingMemoryBound(to: Atomic<UInt64>.self))
       keep(copy, page)
-      return (.ready, body(copy))
+      value = body(copy)
+      return .ready
     }
   }
 

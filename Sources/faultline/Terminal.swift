@@ -35,6 +35,18 @@ enum Terminal {
     fflush(nil)
   }
 
+  /// A text from a file, such as a name in an image, with control characters spelt out: a
+  /// terminal would obey them.
+  static func plain(_ text: String) -> String {
+    text.unicodeScalars.reduce(into: "") { plain, scalar in
+      switch scalar.properties.generalCategory {
+      case .control, .format, .lineSeparator, .paragraphSeparator:
+        plain += scalar.escaped(asASCII: true)
+      default: plain.unicodeScalars.append(scalar)
+      }
+    }
+  }
+
   static func duration(_ nanoseconds: UInt64) -> String {
     let value = Double(nanoseconds)
     return switch value {

@@ -2,7 +2,8 @@
 
 // Serves faults from an image and prints how many allocations that took, all threads of
 // the process together. Usage:
-// allocation-probe missing|minor THREADS LEVEL AROUND IMAGE
+// allocation-probe missing|minor THREADS LEVEL AROUND PAGES IMAGE; PAGES of index and chunk table
+// are kept in memory.
 
 import CAllocationCount
 import GuestMemory
@@ -14,11 +15,12 @@ import TestSupport
 import Userfault
 
 let arguments = CommandLine.arguments
-guard arguments.count == 6, let mode = ResolutionMode(rawValue: arguments[1]),
-  let threads = Int(arguments[2]), let level = Int(arguments[3]), let around = Int(arguments[4])
-else { fatalError("usage: allocation-probe missing|minor THREADS LEVEL AROUND IMAGE") }
+guard arguments.count == 7, let mode = ResolutionMode(rawValue: arguments[1]),
+  let threads = Int(arguments[2]), let level = Int(arguments[3]), let around = Int(arguments[4]),
+  let cachedPages = Int(arguments[5])
+else { fatalError("usage: allocation-probe missing|minor THREADS LEVEL AROUND PAGES IMAGE") }
 let blocks = 4096
-let path = FilePath(arguments[5])
+let path = FilePath(arguments[6])
 
 let content = try GuestMemoryObject(backing: .anonymous, length: blocks * 4096)
 for block in 0..<blocks where block % 8 != 7 {
@@ -46,14 +48,21 @@ options.faultAround = .upTo(bytes: around)
 let session = try PagerSession(
   userfaultfd: try Userfaultfd(wanting: PagerSession<ImageSource>.features.wanted),
   regions: [try PagedRegion(memory, mode: mode)],
-  source: ImageSource(try MemoryImage(path: path)),
+  source: ImageSource(try MemoryImage(path: path, cachedPages: cachedPages)),
   options: options)
 try session.start()
-// What is made on first use is made by the first half: it passes a page of the index.
+// Upwards, then back and forth, so that a few pages of the index are not enough. What is made on
+// first use is made by the first half.
 var sum: UInt64 = 0
-for block in 0..<2048 { sum &+= load(memory.range, offset: block * 4096) }
+@MainActor func touch(_ range: Range<Int>) {
+  for block in range {
+    let place = block < 64 || block % 2 == 0 ? block : blocks + 64 - block
+    sum &+= load(memory.range, offset: place * 4096)
+  }
+}
+touch(0..<2048)
 let before = callocation_count()
-for block in 2048..<blocks { sum &+= load(memory.range, offset: block * 4096) }
+touch(2048..<blocks)
 let allocations = callocation_count() - before
 session.release()
 var expected: UInt64 = 0

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 import Foundation
+import LinuxSystem
+import MemoryImage
+import SystemPackage
 import TestSupport
 import Testing
 
@@ -55,6 +58,44 @@ struct ImageCommandTests {
       #expect(info.contentID.count == 64)
       let text = try faultline("image", "info", "\(b).img")
       #expect(text.output.contains("builds on   "))
+    }
+  }
+
+  private struct Sizes: Decodable {
+    let guestBytes: Int
+    let zeroBytes: Int
+    let ownBytes: Int
+    let inheritedBytes: Int
+    let metadata: [String: String]
+  }
+
+  @Test("info adds up, and spells out what a terminal would obey")
+  func info() throws {
+    try withTemporaryDirectory { directory in
+      let path = FilePath("\(directory)/image")
+      let name = "ram\u{1b}[31m"
+      var writer = try ImageWriter(
+        path: path,
+        regions: [
+          ImageRegion(
+            name: name, guestAddress: GuestAddress(1 << 32), length: 4 << 20, pageSize: .size2MiB)
+        ])
+      try unsafe [UInt8](repeating: 3, count: 8192).withUnsafeBytes {
+        try unsafe writer.write(region: 0, firstBlock: 7, bytes: $0)
+      }
+      try writer.setMetadata(key: "a\r", value: "b\u{202e}c")
+      try writer.finish()
+      let text = try faultline("image", "info", path.string)
+      for words in [
+        "ram\\u{1B}[31m: 4.0 MiB at 0x100000000, pages of 2.0 MiB", "a\\r = b\\u{202E}c",
+        "working set none", "8 KiB data of its own", "ratio",
+      ] {
+        #expect(text.output.contains(words), "\(text)")
+      }
+      let sizes: Sizes = try faultline("image", "info", path.string, "--json").json()
+      #expect(sizes.guestBytes == 4 << 20 && sizes.ownBytes == 8192 && sizes.inheritedBytes == 0)
+      #expect(sizes.zeroBytes == sizes.guestBytes - 8192)
+      #expect(sizes.metadata == ["a\r": "b\u{202e}c"])
     }
   }
 

@@ -35,7 +35,7 @@ struct WorkingSetCommandTests {
         ])
       let text = try faultline("image", "working-set", image.path, "--export")
       #expect(text.output == "0 256 16\n0 1000 1\n")
-      #expect(try faultline("image", "info", image.path).output.contains("working set 17 pages"))
+      #expect(try faultline("image", "info", image.path).output.contains("working set 17 pages ("))
       #expect(try faultline("image", "verify", image.path).ending == .exit(0))
       #expect(try image.restore().ending == .exit(0))
       #expect(try faultline("image", "working-set", image.path, "--remove").ending == .exit(0))

@@ -45,6 +45,9 @@ struct ImageDescription: Encodable {
   let image: String
   let contentID: String
   let guestBytes: Int
+  let zeroBytes: Int
+  let ownBytes: Int
+  let inheritedBytes: Int
   let fileBytes: Int
   let encoding: String
   let chunkBytes: Int
@@ -54,6 +57,7 @@ struct ImageDescription: Encodable {
   let metadata: [String: String]
   /// Pages; 0 when there is none.
   let workingSetPages: Int
+  let workingSetRuns: Int
   let workingSetFailure: String?
   /// Bytes of data of this image for one byte that they take in the file.
   let ratio: Double
@@ -80,53 +84,76 @@ struct ImageDescription: Encodable {
       State(type: $0.type, instance: $0.instance, bytes: $0.bytes.count)
     }
     metadata = opened.metadata
+    var set: WorkingSet?
     do throws(ImageError) {
-      workingSetPages = try opened.workingSet()?.blockCount ?? 0
+      set = try opened.workingSet()
       workingSetFailure = nil
     } catch {
-      workingSetPages = 0
       workingSetFailure = error.reason
     }
-    let own = regions.reduce(0) { $0 + $1.ownBytes }
-    ratio = Double(own) / Double(max(1, fileBytes))
+    workingSetPages = set?.blockCount ?? 0
+    workingSetRuns = set?.runs.count ?? 0
+    zeroBytes = regions.reduce(0) { $0 + $1.zeroBytes }
+    ownBytes = regions.reduce(0) { $0 + $1.ownBytes }
+    inheritedBytes = regions.reduce(0) { $0 + $1.inheritedBytes }
+    ratio = Double(ownBytes) / Double(max(1, fileBytes))
   }
 
   /// One line, for what has just been made.
   var line: String {
     "\(image): \(Terminal.size(guestBytes)) of memory in \(Terminal.size(fileBytes))"
-      + (ancestors.first.map { ", on top of \($0.path)" } ?? "")
+      + (ancestors.first.map { ", on top of \(Terminal.plain($0.path))" } ?? "")
   }
 
   func show() {
     print(line)
-    print("  content id  \(contentID)")
-    print("  encoding    \(encoding), \(chunkBytes >> 10) KiB together")
-    for region in regions {
+    show("content id", contentID)
+    show("encoding", "\(encoding), \(chunkBytes >> 10) KiB together")
+    show(
+      "sizes",
+      "\(Terminal.size(guestBytes)) guest: \(Terminal.size(ownBytes)) data of its own, "
+        + "\(Terminal.size(inheritedBytes)) from ancestors, \(Terminal.size(zeroBytes)) zero")
+    show(
+      "",
+      "its own data take \(Terminal.size(fileBytes)) with index and tables: ratio "
+        + String(format: "%.2f", ratio))
+    for (number, region) in regions.enumerated() {
       let address = "0x" + String(region.guestAddress, radix: 16)
-      print(
-        "  region      \(region.name): \(Terminal.size(region.bytes)) at \(address); "
-          + "\(Terminal.size(region.ownBytes)) data, \(Terminal.size(region.inheritedBytes)) "
-          + "from ancestors, \(Terminal.size(region.zeroBytes)) zero")
+      show(
+        "region \(number)",
+        "\(Terminal.plain(region.name)): \(Terminal.size(region.bytes)) at \(address), pages of "
+          + "\(Terminal.size(region.pageBytes))")
+      show(
+        "",
+        "\(Terminal.size(region.ownBytes)) data, \(Terminal.size(region.inheritedBytes)) from "
+          + "ancestors, \(Terminal.size(region.zeroBytes)) zero")
     }
-    let own = regions.reduce(0) { $0 + $1.ownBytes }
-    print(
-      "  sizes       \(Terminal.size(guestBytes)) guest, \(Terminal.size(own)) data of its own in "
-        + "\(Terminal.size(fileBytes)): ratio " + String(format: "%.2f", ratio))
     if let workingSetFailure {
-      print("  working set cannot be used: \(workingSetFailure)")
+      show("working set", "cannot be used: \(workingSetFailure)")
     } else if workingSetPages > 0 {
-      print("  working set \(workingSetPages) pages, \(Terminal.size(workingSetPages * 4096))")
+      show(
+        "working set",
+        "\(workingSetPages) pages (\(Terminal.size(workingSetPages * 4096))) in "
+          + "\(workingSetRuns) runs")
+    } else {
+      show("working set", "none")
     }
     for ancestor in ancestors {
-      print("  builds on   \(ancestor.path)\n              \(ancestor.contentID)")
+      show("builds on", Terminal.plain(ancestor.path))
+      show("", ancestor.contentID)
     }
     for state in states {
-      print(
-        "  state       type 0x\(String(state.type, radix: 16)), instance \(state.instance): "
+      show(
+        "state",
+        "type 0x\(String(state.type, radix: 16)), instance \(state.instance): "
           + "\(state.bytes) bytes")
     }
     for (key, value) in metadata.sorted(by: { $0.key < $1.key }) {
-      print("  metadata    \(key) = \(value)")
+      show("metadata", "\(Terminal.plain(key)) = \(Terminal.plain(value))")
     }
+  }
+
+  private func show(_ label: String, _ text: String) {
+    print("  " + label.padding(toLength: 12, withPad: " ", startingAt: 0) + text)
   }
 }

@@ -54,7 +54,7 @@ struct ImageVerifyCommand: ParsableCommand {
     ) { done, total in callback?(done * 4096, total * 4096) }
     progress.finish()
     let damages = report.damages.map { damage in
-      "region \(damage.region) (\(opened.regions[damage.region].name)), "
+      "region \(damage.region) (\(Terminal.plain(opened.regions[damage.region].name))), "
         + "\(damage.blockCount) pages from guest address "
         + "\(opened.regions[damage.region].guestAddress.advanced(by: damage.firstBlock * 4096)), "
         + "file offset \(damage.fileOffset): \(damage.cause)"

@@ -83,7 +83,7 @@ struct ImageWorkingSetCommand: ParsableCommand {
     for (number, region) in opened.regions.enumerated() {
       let own = runs.filter { $0.region == number }
       let count = own.reduce(0) { $0 + $1.blockCount }
-      print("  \(region.name): \(count) pages in \(own.count) runs")
+      print("  \(Terminal.plain(region.name)): \(count) pages in \(own.count) runs")
     }
   }
 
