@@ -2,6 +2,7 @@
 #define _GNU_SOURCE 1
 #include "CLinux.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
@@ -134,3 +135,7 @@ long clinux_copy_own_memory(void *to, uintptr_t from, size_t length) {
 }
 
 long clinux_try_lock(int fd) { return clinux_result(flock(fd, LOCK_EX | LOCK_NB)); }
+
+long clinux_begin_writeback(int fd, off_t offset, off_t length) {
+  return clinux_result(sync_file_range(fd, offset, length, SYNC_FILE_RANGE_WRITE));
+}

@@ -209,6 +209,7 @@ final class BlockStore: @unchecked Sendable {
     var offset = dataLength.wrappingAdd(output.count, ordering: .relaxed).oldValue
     try unsafe file?.descriptor.writeAll(
       UnsafeRawBufferPointer(output), at: layout.dataOffset + offset)
+    writeOut(behind: offset..<offset + output.count)
     for chunk in buffer.chunks {
       let entry = unsafe tableEntry(chunk)
       let length = unsafe Int(entry[0])
@@ -216,6 +217,18 @@ final class BlockStore: @unchecked Sendable {
       offset += length
     }
   }
+
+  /// Has the storage busy while the processors are: what lies a step behind the end is written
+  /// out now, by whoever passes a step. Other threads may still be writing next to it.
+  private func writeOut(behind written: Range<Int>) {
+    let step = written.upperBound / Self.writebackStep
+    guard step > written.lowerBound / Self.writebackStep, step > 1 else { return }
+    let start = layout.dataOffset + (step - 2) * Self.writebackStep
+    file?.descriptor.beginWriteback(of: start..<start + Self.writebackStep)
+  }
+
+  /// Bytes that are written out together.
+  private static let writebackStep = 16 << 20
 
   func entry(
     _ block: Int, of geometry: RegionGeometry

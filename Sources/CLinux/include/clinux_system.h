@@ -162,6 +162,8 @@ long clinux_send_descriptors(int fd, const void *bytes, size_t length, const int
 long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descriptors,
                                 size_t *count);
 
+/// Begins to write a part of a file out, without waiting (sync_file_range(2)).
+long clinux_begin_writeback(int fd, off_t offset, off_t length);
 /// flock(2) with LOCK_EX and LOCK_NB.
 long clinux_try_lock(int fd);
 /// Copies memory of this process by process_vm_readv(2); how many bytes it got.
