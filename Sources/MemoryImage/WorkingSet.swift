@@ -42,9 +42,9 @@ public struct WorkingSet: Hashable, Sendable {
         run.blockCount <= regions[run.region].blockCount - run.firstBlock, run.blockCount <= left
       else { return nil }
       left -= run.blockCount
-      for block in run.firstBlock..<run.firstBlock + run.blockCount {
-        guard seen[run.region].insert(block) else { return nil }
-      }
+      let blocks = run.firstBlock..<run.firstBlock + run.blockCount
+      guard seen[run.region].count(in: blocks) == 0 else { return nil }
+      for block in blocks { seen[run.region].insert(block) }
       if let last = joined.last, last.region == run.region,
         last.firstBlock + last.blockCount == run.firstBlock
       {
@@ -54,23 +54,6 @@ public struct WorkingSet: Hashable, Sendable {
       }
     }
     self.runs = joined
-  }
-
-  /// A bit for each block; memory for those parts only that are used.
-  private struct BlockSet {
-    private static let part = 1 << 15
-    private var parts: [Int: [UInt64]] = [:]
-
-    /// Whether it was not there.
-    mutating func insert(_ block: Int) -> Bool {
-      let (number, rest) = block.quotientAndRemainder(dividingBy: Self.part)
-      let bit: UInt64 = 1 << UInt64(rest & 63)
-      return {
-        (words: inout [UInt64]) in
-        defer { words[rest >> 6] |= bit }
-        return words[rest >> 6] & bit == 0
-      }(&parts[number, default: Array(repeating: 0, count: Self.part / 64)])
-    }
   }
 }
 
