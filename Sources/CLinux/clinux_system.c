@@ -134,6 +134,14 @@ long clinux_copy_own_memory(void *to, uintptr_t from, size_t length) {
   return clinux_result(process_vm_readv(getpid(), &local, 1, &remote, 1, 0));
 }
 
+long clinux_copy_through_proc(void *to, uintptr_t from, size_t length) {
+  int memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
+  if (memory < 0) return -errno;
+  long result = clinux_result(pread(memory, to, length, (off_t)from));
+  close(memory);
+  return result == -EIO ? -EFAULT : result;
+}
+
 long clinux_try_lock(int fd) { return clinux_result(flock(fd, LOCK_EX | LOCK_NB)); }
 
 long clinux_begin_writeback(int fd, off_t offset, off_t length) {

@@ -57,6 +57,33 @@ struct SystemTests {
     store(1, mapping.range, offset: mapping.length - 8)
   }
 
+  @Test(
+    "A copy through the kernel ends before what cannot be read", arguments: GuardedCopy.Way.allCases
+  )
+  func guardedCopy(way: GuardedCopy.Way) throws {
+    let file = try MemoryFile(name: "short", length: 2 * 4096)
+    // A load of the third page raises SIGBUS.
+    let mapping = try Mapping(of: file.descriptor, length: 3 * 4096, sharing: .shared)
+    let start = mapping.range.start
+    for offset in stride(from: 0, to: 2 * 4096, by: 8) {
+      store(UInt64(offset), mapping.range, offset: offset)
+    }
+    for (skipped, readable) in [(0, 8192), (4088, 4104), (8192, 0)] {
+      var bytes: [UInt8] = Array(repeating: 0xff, count: 3 * 4096 - skipped)
+      let count = try unsafe bytes.withUnsafeMutableBytes { buffer throws(Errno) in
+        // SAFETY: the buffer is the array's; the address is within the mapping.
+        try unsafe GuardedCopy.read(
+          from: start.advanced(by: skipped), into: buffer, by: way)
+      }
+      #expect(count == readable)
+      let words = stride(from: skipped, to: skipped + readable, by: 8)
+      let expected = words.flatMap { word in
+        (0..<8).map { UInt8(truncatingIfNeeded: word >> (8 * $0)) }
+      }
+      #expect(Array(bytes.prefix(readable)) == expected)
+    }
+  }
+
   @Test("A thread has its name and can be interrupted")
   func namedThread() throws {
     try KickSignal.install()
