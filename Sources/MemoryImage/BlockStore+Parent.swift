@@ -88,6 +88,41 @@ extension BlockStore {
     return entry
   }
 
+  /// See `ImageWriter.searchParent`.
+  func learnParent(threads: Int, _ counter: ByteProgress?) throws(ImageError) {
+    guard let parent else { return }
+    let pieces = RegionPieces(parent.regions)
+    let (path, known) = (path, known)
+    try unsafe PieceWork(pieces: pieces.count, threads: threads).run(
+      name: "parent", bufferLength: PieceWork.pieceLength,
+      noMemory: { ImageError(.limitExceeded, path, "there is no memory to read", errno: $0) }
+    ) { (number, buffer) throws(ImageError) in
+      guard let start = buffer.baseAddress else { return }
+      let piece = pieces[number]
+      var block = piece.blocks.lowerBound
+      while block < piece.blocks.upperBound {
+        // What cannot be read is not known, so that it is stored again. SAFETY: the buffer holds
+        // a piece.
+        let run = try? unsafe parent.read(
+          region: piece.region, firstBlock: block, blockCount: piece.blocks.upperBound - block,
+          into: start)
+        if let run, run.kind == .data {
+          for index in 0..<run.blockCount {
+            let (outcome, entry) = parent.indexEntry(
+              parent.geometries[piece.region], block: block + index)
+            guard case .ready = outcome, entry != 0 else { continue }
+            // SAFETY: the run's blocks are in the buffer.
+            _ = unsafe known.number(
+              of: start + index * ImageLimits.blockSize, orEnter: entry - 1)
+          }
+        }
+        block += run?.blockCount ?? 1
+      }
+      counter?.add(piece.bytes.count)
+    }
+    knowsParent = true
+  }
+
   /// The ancestors that the new image names, the oldest first.
   func chain() -> [ImageAncestor] {
     guard let parent else { return [] }

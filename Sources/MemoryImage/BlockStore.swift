@@ -7,7 +7,7 @@ internal import SystemPackage
 /// The file, index and chunk table in memory, and the staging buffers behind an
 /// `ImageWriter`.
 final class BlockStore: @unchecked Sendable {
-  // SAFETY: `file` and `isFailed` are guarded as said at each; the words of index and
+  // SAFETY: `file`, `isFailed` and `knowsParent` are guarded as said at each; the words of index and
   // table are each written by one thread at a time (the index by the contract of
   // `ImageBlockWriter`, the table because a chunk's number is given out once), and read only
   // under the exclusive lock.
@@ -36,7 +36,9 @@ final class BlockStore: @unchecked Sendable {
   let chunkCount = Atomic<Int>(0)
   let dataLength = Atomic<Int>(0)
 
-  private let known: KnownBlocks
+  let known: KnownBlocks
+  /// Whether the parent's blocks are among the known ones. Changed only before the first write.
+  var knowsParent = false
   /// Buffers that no thread uses now. The lock is held to take one or to put it back.
   private let buffers = Mutex<[StagingBuffer]>([])
 
@@ -52,7 +54,9 @@ final class BlockStore: @unchecked Sendable {
       index = try Mapping(anonymous: layout.indexPageCount * ImageLimits.blockSize)
       table = try Mapping(anonymous: (layout.chunkCapacity * 16 + 4095) & ~4095)
       digests = try Mapping(anonymous: (layout.chunkCapacity * 32 + 4095) & ~4095)
-      known = try KnownBlocks(blocks: layout.geometries.reduce(0) { $0 + $1.blockCount })
+      // Memory that is not touched costs nothing, so there is room for a parent's that is searched.
+      let blocks = layout.geometries.reduce(0) { $0 + $1.blockCount }
+      known = try KnownBlocks(blocks: parent == nil ? blocks : 2 * blocks)
     } catch {
       throw ImageError(
         .limitExceeded, path, "there is no address space for its index", errno: error)
@@ -141,8 +145,9 @@ final class BlockStore: @unchecked Sendable {
         unsafe entry.pointee = 0
         continue
       }
-      if let inherited = unsafe parentEntry(
-        region: region, block: blocks[index], equalTo: bytes, buffer)
+      if !knowsParent,
+        let inherited = unsafe parentEntry(
+          region: region, block: blocks[index], equalTo: bytes, buffer)
       {
         unsafe entry.pointee = inherited
         continue

@@ -19,8 +19,8 @@ public struct ImageWriter: ~Copyable, Sendable {
   /// absent; its directory must exist. The file will be readable only for its owner.
   ///
   /// With a parent, blocks that nobody writes are the parent's, and those that are written
-  /// but equal to the parent's at the same place are not stored again. The parent must stay
-  /// where it is, or beside the new image. Its regions have the same addresses and lengths.
+  /// but equal to the parent's at the same place (at any place after `searchParent`) are not
+  /// stored again. The parent must stay where it is, or beside the new image. Its regions have the same addresses and lengths.
   ///
   /// Throws `invalidLayout` or `limitExceeded` for regions that the format cannot hold, and
   /// `inputOutput` when the file cannot be made.
@@ -42,6 +42,23 @@ public struct ImageWriter: ~Copyable, Sendable {
   public var blocks: ImageBlockWriter { ImageBlockWriter(store: store) }
 
   // MARK: - Content
+
+  /// Reads all of the parent's memory, so that blocks which equal any of its blocks are not
+  /// stored again, wherever they are: for a whole guest that is written again, in which pages
+  /// have moved. Without it only the same place is looked at, which suits few blocks that
+  /// changed. Blocks of the parent that are damaged are not made use of.
+  ///
+  /// Call it before the first write. Takes 4 MiB of memory for each thread. Does nothing where
+  /// there is no parent. Throws `limitExceeded` when there is no memory.
+  ///
+  /// - Parameters:
+  ///   - threads: how many threads read, the caller's among them.
+  ///   - counter: told of each byte of the parent's memory.
+  public mutating func searchParent(
+    threads: Int = 2, counter: ByteProgress? = nil
+  ) throws(ImageError) {
+    try store.learnParent(threads: threads, counter)
+  }
 
   /// Adds a device state, after those added before.
   ///

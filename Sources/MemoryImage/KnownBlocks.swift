@@ -11,7 +11,7 @@ internal import SystemPackage
 /// the guest neither, can prepare two blocks that it takes for one, and by accident that
 /// happens to two of 2^32 blocks with a probability of 2^-33.
 ///
-/// The memory is bounded: 32 bytes for each block of the image, and 64 MiB at most. Beyond that
+/// The memory is bounded: 32 bytes for each block of the image and of its parent, and 64 MiB at most. Beyond that
 /// (8 GiB of different content) older blocks are forgotten, and stored again when they recur.
 @safe
 final class KnownBlocks: @unchecked Sendable {
@@ -43,7 +43,7 @@ final class KnownBlocks: @unchecked Sendable {
 
   /// Knows nothing yet.
   ///
-  /// - Parameter blocks: that the image may have.
+  /// - Parameter blocks: that the image may have, and its parent where it is searched.
   init(blocks: Int) throws(Errno) {
     let wanted = min(max(blocks * 2, 1), Self.most / MemoryLayout<Entry>.stride)
     var groups = 1

@@ -13,7 +13,9 @@ public enum ImageImport {
   /// Takes 4 MiB of memory for each thread, and the image's index (0.1 % of the memory).
   ///
   /// - Parameters:
-  ///   - parent: what the image builds on; with regions of the same addresses and lengths.
+  ///   - parent: what the image builds on; with regions of the same addresses and lengths. All
+  ///     of it is read first, and counts as progress: what equals any of its blocks is not
+  ///     stored again.
   ///   - metadata: strings to keep with the image.
   ///   - threads: how many threads read and compress, the caller's among them.
   ///   - progress: told after each piece how many bytes of memory are done, and how many there
@@ -31,7 +33,9 @@ public enum ImageImport {
       for (key, value) in metadata { try writer.setMetadata(key: key, value: value) }
       let blocks = writer.blocks
       let pieces = RegionPieces(source.regions)
-      let counter = ByteProgress(total: source.byteCount, progress)
+      let parentBytes = parent?.regions.reduce(0) { $0 + $1.length } ?? 0
+      let counter = ByteProgress(total: Int(parentBytes) + source.byteCount, progress)
+      try writer.searchParent(threads: threads, counter: counter)
       // Zeros over a parent's data are a change.
       let includesZeros = parent != nil
       try unsafe PieceWork(pieces: pieces.count, threads: threads).run(

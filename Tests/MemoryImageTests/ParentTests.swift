@@ -81,6 +81,49 @@ struct ParentTests {
     }
   }
 
+  @Test(
+    "A parent that is searched lends its blocks to any place, also those of its own ancestors",
+    arguments: Sample.encodings)
+  func searched(options: ImageOptions) throws {
+    try withTemporaryDirectory { directory in
+      let path = FilePath(directory).appending("child")
+      let chain = try chain([options, ImageOptions()], in: FilePath(directory))
+      var random = Random(seed: 12)
+      var sample = chain[1].sample
+      let parents = Set(sample.data.flatMap(\.values))
+      // All blocks move, and one in ten is new.
+      sample.data[0] = [:]
+      var new = 0
+      for block in 0..<1100 {
+        if block % 10 == 0 {
+          let bytes = Sample.randomBlock(&random)
+          sample.data[0][block] = bytes
+          new += parents.contains(bytes) ? 0 : 1
+        } else {
+          sample.data[0][block] = chain[1].sample.data[0][1099 - block]
+        }
+      }
+      var writer = try ImageWriter(
+        path: path, regions: sample.regions, options: options,
+        parent: try MemoryImage(path: chain[1].path))
+      try writer.searchParent()
+      for region in 0..<2 {
+        var blocks = sample.data[region]
+        for block in 0..<sample.regions[region].blockCount where blocks[block] == nil {
+          blocks[block] = Sample.zeroBlock
+        }
+        try writer.write(region: region, blocks: blocks)
+      }
+      try writer.finish()
+      let image = try MemoryImage(path: path)
+      let comparison = sample.compare(with: image)
+      #expect((comparison.right, comparison.wrong) == (1140, 0))
+      #expect(try image.verify().isIntact)
+      let usage = try [0, 1].map { try image.usage(ofRegion: $0) }
+      #expect(usage.reduce(0) { $0 + $1.ownBlocks } == new)
+    }
+  }
+
   @Test("A parent is found beside the image when both were moved, and missed when it is gone")
   func moved() throws {
     try withTemporaryDirectory { directory in
