@@ -134,12 +134,13 @@ long clinux_copy_own_memory(void *to, uintptr_t from, size_t length) {
   return clinux_result(process_vm_readv(getpid(), &local, 1, &remote, 1, 0));
 }
 
-long clinux_copy_through_proc(void *to, uintptr_t from, size_t length) {
-  int memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
-  if (memory < 0) return -errno;
-  long result = clinux_result(pread(memory, to, length, (off_t)from));
-  close(memory);
-  return result == -EIO ? -EFAULT : result;
+long clinux_copy_through_file(void *to, uintptr_t from, size_t length) {
+  int file = memfd_create("faultline-copy", MFD_CLOEXEC);
+  if (file < 0) return -errno;
+  long result = clinux_result(pwrite(file, (const void *)from, length, 0));
+  if (result > 0) result = clinux_result(pread(file, to, (size_t)result, 0));
+  close(file);
+  return result;
 }
 
 long clinux_try_lock(int fd) { return clinux_result(flock(fd, LOCK_EX | LOCK_NB)); }

@@ -70,6 +70,24 @@ struct ContentTests {
     }
   }
 
+  @Test(
+    "A copy through the kernel waits for the pages, in each way", arguments: cases,
+    GuardedCopy.Way.allCases)
+  func guardedCopy(kind: MemoryCase, way: GuardedCopy.Way) throws {
+    let guest = try ServedMemory(kind, pages: kind.pages(16))
+    let start = guest.range.start
+    let words = guest.blocks * 512
+    var copy: [UInt64] = Array(repeating: 0, count: words)
+    let count = try unsafe copy.withUnsafeMutableBytes { buffer throws(Errno) in
+      // SAFETY: the buffer is the array's; the address is the guest's.
+      try unsafe GuardedCopy.read(from: start, into: buffer, by: way)
+    }
+    #expect(count == words * 8)
+    for block in 0..<guest.blocks {
+      #expect(copy[block * 512] == guest.source.expected(block: block))
+    }
+  }
+
   @Test("What a guest writes stays, and the rest of the page is the source's", arguments: cases)
   func writes(kind: MemoryCase) throws {
     let guest = try ServedMemory(kind, pages: kind.pages(64))

@@ -168,8 +168,8 @@ long clinux_begin_writeback(int fd, off_t offset, off_t length);
 long clinux_try_lock(int fd);
 /// Copies memory of this process by process_vm_readv(2); how many bytes it got.
 long clinux_copy_own_memory(void *to, uintptr_t from, size_t length);
-/// The same through /proc/self/mem (proc_pid_mem(5)); EFAULT where nothing can be read.
-long clinux_copy_through_proc(void *to, uintptr_t from, size_t length);
+/// The same through a file in memory: write(2) reads it as a load would, and does not raise SIGBUS.
+long clinux_copy_through_file(void *to, uintptr_t from, size_t length);
 
 /// Sends what fits without waiting.
 static inline long clinux_send_nowait(int fd, const void *bytes, size_t length) {
