@@ -37,7 +37,7 @@ struct BadImageTests {
     try withTemporaryDirectory { directory in
       let path = "\(directory)/fifo"
       try #require(unsafe mkfifo(path, 0o600) == 0)
-      let outcome = try Command(["restore", path]).wait(seconds: 20)
+      let outcome = try Command(["restore", path]).wait(seconds: 60)
       outcome.expectFailure(1, saying: [path, "not a regular file"])
     }
   }

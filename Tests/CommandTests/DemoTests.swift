@@ -47,7 +47,7 @@ struct DemoTests {
 
   @Test(
     "Each line of the benchmark is one object with the same keys, and no image is left",
-    .timeLimit(.minutes(2)))
+    .timeLimit(.minutes(10)))
   func bench() async throws {
     let directory = FileManager.default.temporaryDirectory.appendingPathComponent(
       "faultline-bench-\(UUID().uuidString)"

@@ -47,7 +47,7 @@ struct InterruptTests {
         "--default-signal=INT", Command.executable, "snapshot", "-o", "\(directory)/guest.img",
         "--memory", "128M", "--guest", guest,
       ])
-    let isWriting = Delay.until(seconds: 30) {
+    let isWriting = Delay.until(seconds: 60) {
       writesUnnamedFile(command.identifier, below: directory) || !command.isRunning
     }
     #expect(isWriting)
@@ -67,7 +67,7 @@ struct InterruptTests {
             "--default-signal=INT", Command.executable, "image", "create", "--from-raw", raw,
             "--level", "19", "-o", "\(directory)/image",
           ])
-        let isWriting = Delay.until(seconds: 30) {
+        let isWriting = Delay.until(seconds: 60) {
           writesUnnamedFile(command.identifier, below: directory) || !command.isRunning
         }
         #expect(isWriting)
@@ -95,12 +95,12 @@ struct InterruptTests {
         let command = try Command(
           of: "/usr/bin/env",
           ["--default-signal=INT", Command.executable, "restore", image.path, "--order", "random"])
-        let isServing = Delay.until(seconds: 30) {
+        let isServing = Delay.until(seconds: 60) {
           threads(of: command.identifier) >= 3 || !command.isRunning
         }
         #expect(isServing)
         command.send(SIGINT)
-        let ending = try command.wait(seconds: 10).ending
+        let ending = try command.wait(seconds: 60).ending
         guard ending != .exit(0) else { return false }
         #expect(ending == .signal(SIGINT))
         return true
@@ -122,7 +122,7 @@ struct InterruptTests {
       try withTemporaryDirectory { directory in
         let command = try startDemo(in: directory, until: moment)
         command.send(signal)
-        let outcome = try command.wait(seconds: 20)
+        let outcome = try command.wait(seconds: 60)
         guard outcome.ending != .exit(0) else { return false }
         #expect(outcome.ending == .exit(128 + signal), "\(outcome)")
         #expect(outcome.errors.isEmpty)
@@ -139,7 +139,7 @@ struct InterruptTests {
       let command = try startDemo(in: directory, until: .saving)
       command.send(SIGKILL)
       #expect(try command.wait().ending == .signal(SIGKILL))
-      #expect(Delay.until(seconds: 20) { processes(naming: directory).isEmpty })
+      #expect(Delay.until(seconds: 60) { processes(naming: directory).isEmpty })
     }
   }
 
@@ -150,7 +150,7 @@ struct InterruptTests {
         "--default-signal=INT,TERM,HUP", Command.executable, "demo", "--directory", directory,
         "--memory", "64M", "--guest", "process",
       ])
-    let hasCome = Delay.until(seconds: 10) {
+    let hasCome = Delay.until(seconds: 60) {
       guard command.isRunning else { return true }
       Delay.microseconds(4000)
       return processes(naming: directory, except: command.identifier).contains { line in

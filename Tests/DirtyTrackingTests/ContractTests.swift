@@ -63,7 +63,7 @@ extension DirtyTrackingTests {
 
     @Test(
       "A copy that follows the bitmaps of a guest that writes as fast as it can is complete",
-      .timeLimit(.minutes(2)), arguments: cases, [1, 2])
+      .timeLimit(.minutes(10)), arguments: cases, [1, 2])
     func nothingIsLost(_ kind: TrackingCase, _ vcpus: Int) throws {
       let subject = try Subject(kind, vcpus: vcpus)
       let tracker = try subject.track()

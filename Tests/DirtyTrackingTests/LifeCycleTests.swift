@@ -33,7 +33,7 @@ extension DirtyTrackingTests {
       #expect(try writeTime(subject) < before * 10 + 1_000_000)
     }
 
-    @Test("Tracking leaves no descriptor and no thread behind", .timeLimit(.minutes(2)))
+    @Test("Tracking leaves no descriptor and no thread behind", .timeLimit(.minutes(10)))
     func leavesNothingBehind() async {
       await #expect(processExitsWith: .success) {
         for kind in cases {

@@ -63,7 +63,7 @@ extension DirtyTrackingTests {
 
     @Test(
       "Copying pages when they are announced gives memory as it was when it was armed",
-      .timeLimit(.minutes(2)), arguments: writeProtectCases, [1, 2])
+      .timeLimit(.minutes(10)), arguments: writeProtectCases, [1, 2])
     func pointInTime(_ kind: TrackingCase, _ vcpus: Int) throws {
       let subject = try Subject(kind, vcpus: vcpus)
       let saved = try PointInTime(subject.range)

@@ -52,7 +52,7 @@ struct RunTests {
 
   @Test(
     "No kick is lost, whether the vCPU is in the guest or between two runs",
-    .timeLimit(.minutes(1)), arguments: [Programs.spin, Programs.output])
+    .timeLimit(.minutes(10)), arguments: [Programs.spin, Programs.output])
   func kicks(_ program: [UInt8]) throws {
     try KickSignal.install()
     let tiny = try TinyMachine(program: program)

@@ -51,7 +51,7 @@ extension SnapshotTests {
       }
     }
 
-    @Test("On a full disk", .timeLimit(.minutes(2)))
+    @Test("On a full disk", .timeLimit(.minutes(10)))
     func fullDisk() async {
       await #expect(processExitsWith: .success) {
         // A filesystem of this process only, and of this thread and those that it starts.
@@ -144,7 +144,7 @@ extension SnapshotTests {
       }
     }
 
-    @Test("Snapshots leave no descriptor, thread or mapping behind", .timeLimit(.minutes(2)))
+    @Test("Snapshots leave no descriptor, thread or mapping behind", .timeLimit(.minutes(10)))
     func leavesNothing() async {
       await #expect(processExitsWith: .success) {
         try withTemporaryDirectory { directory in

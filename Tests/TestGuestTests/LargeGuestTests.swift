@@ -9,7 +9,7 @@ import Testing
 struct LargeGuestTests {
   @Test(
     "A guest uses its last pages at once, while slots are still being added",
-    .timeLimit(.minutes(1)), arguments: [1, 3, 64])
+    .timeLimit(.minutes(10)), arguments: [1, 3, 64])
   func lastPages(_ gibibytes: Int) throws {
     let memory = try Memory(mebibytes: gibibytes << 10)
     let last = memory.range.length / 4096

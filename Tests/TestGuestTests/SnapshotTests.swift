@@ -19,7 +19,7 @@ import Testing
   }
 
   @Test(
-    "A counter that was saved on the way ends at exactly its number", .timeLimit(.minutes(1)),
+    "A counter that was saved on the way ends at exactly its number", .timeLimit(.minutes(10)),
     arguments: kinds, [1, 3])
   func counter(_ kind: TestGuest.Kind, _ vcpus: Int) throws {
     var memory = try Memory(mebibytes: 2)
@@ -37,7 +37,7 @@ import Testing
   }
 
   @Test(
-    "Pages that were being dirtied verify in the copy", .timeLimit(.minutes(1)),
+    "Pages that were being dirtied verify in the copy", .timeLimit(.minutes(10)),
     arguments: kinds)
   func dirty(_ kind: TestGuest.Kind) throws {
     var memory = try Memory(mebibytes: 4)
@@ -84,7 +84,7 @@ import Testing
     #expect(copy.workloadPagesEqual(memory))
   }
 
-  @Test("Hundreds of pauses lose no increment", .timeLimit(.minutes(1)), arguments: kinds)
+  @Test("Hundreds of pauses lose no increment", .timeLimit(.minutes(10)), arguments: kinds)
   func pauses(_ kind: TestGuest.Kind) throws {
     let memory = try Memory(mebibytes: 2)
     let guest = try TestGuest(booting: memory.range, vcpus: 2, kind: kind)

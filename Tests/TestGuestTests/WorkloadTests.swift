@@ -7,7 +7,7 @@ import Testing
 
 @Suite struct WorkloadTests {
   @Test(
-    "A guest finds the content that it filled, in any order", .timeLimit(.minutes(1)),
+    "A guest finds the content that it filled, in any order", .timeLimit(.minutes(10)),
     arguments: kinds, [(2, 1), (2, 3), (64, 1), (64, 2)])
   func fillAndVerify(_ kind: TestGuest.Kind, _ size: (mebibytes: Int, vcpus: Int)) throws {
     let memory = try Memory(mebibytes: size.mebibytes)

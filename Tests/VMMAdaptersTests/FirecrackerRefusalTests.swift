@@ -150,7 +150,7 @@ struct FirecrackerRefusalTests {
           on: second, limits: HandoverLimits(timeoutMilliseconds: 50))
       }
       #expect(error?.code == .timedOut)
-      #expect(MonotonicClock.nanoseconds - start < 5_000_000_000)
+      #expect(MonotonicClock.nanoseconds - start < 60_000_000_000)
       try pair.first.send([0])
     }
   }

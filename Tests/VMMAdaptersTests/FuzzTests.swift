@@ -200,7 +200,7 @@ struct FuzzTests {
           let result = try fuzz(firecracker: firecracker, seed: seed, rounds: 1500)
           // Some must pass, or nothing but the first check is tested.
           precondition(result.taken > 20, "seed \(seed): only \(result.taken) taken")
-          precondition(result.slowest < 1_000_000_000, "seed \(seed): \(result.slowest) ns")
+          precondition(result.slowest < 20_000_000_000, "seed \(seed): \(result.slowest) ns")
           for name in ["fuzz-offer", "userfaultfd", "pidfd"] {
             precondition(openDescriptors(of: name) == 0, "seed \(seed): \(name) is open")
           }

@@ -82,7 +82,7 @@ struct HandoverTests {
           options: .init(record: true, fillRate: 0))
         #expect(client.session == "s1")
         #expect(try vmm.wrongBlocks() == 0)
-        #expect(try client.nextStatus(waitingMilliseconds: 5000) == .filled)
+        #expect(try client.nextStatus(waitingMilliseconds: 60_000) == .filled)
         #expect(try client.nextStatus() == nil)
       }
       service.join()
@@ -97,14 +97,14 @@ struct HandoverTests {
       let path = FilePath(directory + "/socket")
       let region = AttachMessage.Region(
         hostAddress: vmm.ranges[0].start.rawValue, length: 16384, offset: 0)
-      func attach() throws(HandoverClientError) -> HandoverClient {
+      func attach(timeout: Int = 60_000) throws(HandoverClientError) -> HandoverClient {
         try HandoverClient(
           attachingTo: path, regions: [region], userfaultfd: vmm.userfaultfd,
-          timeoutMilliseconds: 200)
+          timeoutMilliseconds: timeout)
       }
-      func failure() -> HandoverClientError? {
+      func failure(timeout: Int = 60_000) -> HandoverClientError? {
         do throws(HandoverClientError) {
-          _ = try attach()
+          _ = try attach(timeout: timeout)
           return nil
         } catch { return error }
       }
@@ -112,7 +112,7 @@ struct HandoverTests {
       let service = try TestService(directory + "/socket", count: 4) { connection, number in
         switch number {
         case 0: connection.refuse(HandoverError(.busy, "there are 3 sessions"))
-        case 1: Delay.microseconds(400_000)
+        case 1: while !connection.hasClosed() { Delay.microseconds(1000) }
         case 2: _ = try connection.receive()
         default:
           _ = try connection.receive()
@@ -122,12 +122,12 @@ struct HandoverTests {
       let refused = failure()
       #expect(refused?.code == .refused && refused?.serviceCode == "busy")
       #expect(refused?.description.contains("there are 3 sessions") == true)
-      #expect(failure()?.code == .timedOut)
+      #expect(failure(timeout: 200)?.code == .timedOut)
       #expect(failure()?.code == .closed)
       let client = try attach()
       service.join()
       let gone = #expect(throws: HandoverClientError.self) {
-        _ = try client.nextStatus(waitingMilliseconds: 5000)
+        _ = try client.nextStatus(waitingMilliseconds: 60_000)
       }
       #expect(gone?.code == .closed)
     }

@@ -59,7 +59,7 @@ func makeSession(
 }
 
 /// Limits that a socket's buffer has room for, so that a sender never waits.
-let smallLimits = HandoverLimits(messageBytes: 32 << 10, regions: 100, timeoutMilliseconds: 2000)
+let smallLimits = HandoverLimits(messageBytes: 32 << 10, regions: 100, timeoutMilliseconds: 60_000)
 
 /// What the receiving side says of a message with descriptors whose sender closes after it;
 /// `nil` when it takes it.
