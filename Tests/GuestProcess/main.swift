@@ -35,4 +35,6 @@ try inThreads(threads) { thread in
   }
 }
 try socket.send(Array("\(wrong.load(ordering: .relaxed))".utf8))
+// The process is there until the other side has no more use for it.
+_ = try? socket.receive(limit: 1)
 withExtendedLifetime(memory) {}
