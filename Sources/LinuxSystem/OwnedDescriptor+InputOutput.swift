@@ -42,16 +42,18 @@ extension OwnedDescriptor {
 
   /// Reads exactly as many bytes as there is room for (pread(2)); fewer in the file is
   /// `noData`.
+  ///
+  /// - Parameter waits: `false` for `wouldBlock` in place of waiting for storage; see `read`.
   @unsafe
   public borrowing func readAll(
-    into bytes: UnsafeMutableRawBufferPointer, at offset: Int
+    into bytes: UnsafeMutableRawBufferPointer, at offset: Int, waits: Bool = true
   ) throws(Errno) {
     var done = 0
     while done < bytes.count {
+      // SAFETY: the rest of the caller's buffer.
       let rest = unsafe UnsafeMutableRawBufferPointer(rebasing: bytes[done...])
-      let count = unsafe clinux_pread(rawValue, rest.baseAddress, rest.count, off_t(offset + done))
-      if count == -Int(EINTR) { continue }
-      guard try check(count) > 0 else { throw .noData }
+      let count = try unsafe read(into: rest, at: offset + done, waits: waits)
+      guard count > 0 else { throw .noData }
       done += count
     }
   }

@@ -72,16 +72,29 @@ extension OwnedDescriptor {
 
   /// Reads up to as many bytes as there is room for (pread(2), one call).
   ///
+  /// - Parameter waits: `false` reads what is in the page cache and throws `wouldBlock` in
+  ///   place of waiting for storage (preadv2(2), RWF_NOWAIT); also where the filesystem cannot
+  ///   tell. Needless for a file `isInMemory`, whose filesystem cannot tell either.
   /// - Returns: bytes; 0 at the end of the file.
   @unsafe
   public borrowing func read(
-    into bytes: UnsafeMutableRawBufferPointer, at offset: Int
+    into bytes: UnsafeMutableRawBufferPointer, at offset: Int, waits: Bool = true
   ) throws(Errno) -> Int {
     while true {
-      let count = unsafe clinux_pread(rawValue, bytes.baseAddress, bytes.count, off_t(offset))
-      if count != -Int(EINTR) { return try check(count) }
+      let count =
+        unsafe waits
+        ? clinux_pread(rawValue, bytes.baseAddress, bytes.count, off_t(offset))
+        : clinux_pread_nowait(rawValue, bytes.baseAddress, bytes.count, off_t(offset))
+      switch count {
+      case -Int(EINTR): continue
+      case -Int(EOPNOTSUPP) where !waits, -Int(ENOSYS) where !waits: throw .wouldBlock
+      default: return try check(count)
+      }
     }
   }
+
+  /// Whether the file is on tmpfs, ramfs or hugetlbfs: reading it waits for no storage.
+  public var isInMemory: Bool { clinux_is_memory_file(rawValue) == 1 }
 
   /// Waits until data and metadata are on stable storage (fsync(2)).
   ///

@@ -17,6 +17,8 @@ final class ChunkStore: Sendable {
   let chunks: ChunkGeometry
   /// Bytes.
   let fileLength: Int
+  /// Whether reading the file never waits for storage.
+  private let isInMemory: Bool
   /// The number of its first block in the chain.
   let base: Int
   /// The number of the first page of its chunk table among the pages of the chain.
@@ -27,12 +29,17 @@ final class ChunkStore: Sendable {
     path: FilePath
   ) {
     self.path = path
+    isInMemory = file.isInMemory
     self.file = file
     chunks = catalog.chunks
     fileLength = catalog.fileLength
     self.base = base
     self.firstTablePage = firstTablePage
   }
+
+  /// Whether the caller's reads may wait, or need not be told to.
+  @inline(__always)
+  func mayWait(_ waits: Bool) -> Bool { waits || isInMemory }
 
   /// Blocks of a compressed chunk; 0 where chunks are stored as they are.
   var compressedBlocks: Int { chunks.isStored ? 0 : chunks.blocksPerChunk }
@@ -48,15 +55,16 @@ final class ChunkStore: Sendable {
   /// Reads `count` stored blocks from `number` on, all of one chunk; for stored images of
   /// chunks that follow each other.
   ///
+  /// - Parameter waits: `false` fails with `wouldBlock` in place of waiting for storage.
   /// - Returns: how many of them are good, and what is wrong with the next one.
   @unsafe
   func readBlocks(
     _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, pages: VerifiedPages,
-    decoders: DecoderPool
+    decoders: DecoderPool, waits: Bool
   ) throws(ImageError) -> (good: Int, failure: ChunkOutcome?) {
     let number = number - base
     if chunks.isStored {
-      return unsafe readStored(number, count: count, into: buffer, pages: pages)
+      return unsafe readStored(number, count: count, into: buffer, pages: pages, waits: waits)
     }
     let chunk = number / chunks.blocksPerChunk
     let slot = number - chunk * chunks.blocksPerChunk
@@ -67,7 +75,7 @@ final class ChunkStore: Sendable {
       }
     ) { decoder throws(ImageError) in
       if decoder.firstBlock != base + chunk * chunks.blocksPerChunk {
-        let failure = decode(chunk, with: decoder, pages: pages)
+        let failure = decode(chunk, with: decoder, pages: pages, waits: waits)
         if let failure { return (0, failure) }
       }
       let available = decoder.contentLength / ImageLimits.blockSize - slot
@@ -84,10 +92,10 @@ final class ChunkStore: Sendable {
 
   /// Reads, decompresses and checks a chunk; `nil` when it is good and in the decoder.
   func decode(
-    _ chunk: Int, with decoder: ChunkDecoder, pages: VerifiedPages
+    _ chunk: Int, with decoder: ChunkDecoder, pages: VerifiedPages, waits: Bool = true
   ) -> ChunkOutcome? {
     decoder.firstBlock = -1
-    let (outcome, entry) = chunkEntry(chunk, pages)
+    let (outcome, entry) = chunkEntry(chunk, pages, waits: waits)
     guard case .ready = outcome else {
       return ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk))
     }
@@ -101,7 +109,7 @@ final class ChunkStore: Sendable {
       // SAFETY: both rooms are as long as the longest chunk of the chain.
       let room = unsafe UnsafeMutableRawBufferPointer(
         start: isRaw ? decoder.content : decoder.frame, count: entry.length)
-      try unsafe file.readAll(into: room, at: fileOffset)
+      try unsafe file.readAll(into: room, at: fileOffset, waits: mayWait(waits))
     } catch {
       return ChunkOutcome(outcome: .failed(error), fileOffset: fileOffset)
     }
@@ -128,12 +136,12 @@ final class ChunkStore: Sendable {
 
   /// The entry of a chunk of a compressed image.
   private func chunkEntry(
-    _ chunk: Int, _ pages: VerifiedPages
+    _ chunk: Int, _ pages: VerifiedPages, waits: Bool = true
   ) -> (outcome: ReadOutcome, entry: ChunkEntry) {
     var entry = ChunkEntry(offset: 0, length: 0, checksum: 0)
     guard chunk < chunks.chunkCount else { return (.damaged, entry) }
     let (page, slot) = chunks.place(of: chunk)
-    let outcome = readTable(page, pages, &entry) { table in
+    let outcome = readTable(page, pages, &entry, waits: waits) { table in
       ChunkEntry(place: table.word(slot * 2), checksum: table.word(slot * 2 + 1))
     }
     return (outcome, entry)
@@ -163,11 +171,12 @@ final class ChunkStore: Sendable {
 
   @inline(__always)
   private func readTable<Value>(
-    _ page: Int, _ pages: VerifiedPages, _ value: inout Value, _ body: (VerifiedPage) -> Value
+    _ page: Int, _ pages: VerifiedPages, _ value: inout Value, waits: Bool = true,
+    _ body: (VerifiedPage) -> Value
   ) -> ReadOutcome {
     pages.read(
       firstTablePage + page, from: file, offset: chunks.offset(ofTablePage: page),
-      seed: chunks.seed(ofTablePage: page), &value, body)
+      seed: chunks.seed(ofTablePage: page), &value, waits: mayWait(waits), body)
   }
 
   func tableOffset(of chunk: Int) -> Int {
@@ -177,7 +186,8 @@ final class ChunkStore: Sendable {
   /// Blocks as they are: one read, then each is checked.
   @unsafe
   func readStored(
-    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, pages: VerifiedPages
+    _ number: Int, count: Int, into buffer: UnsafeMutableRawPointer, pages: VerifiedPages,
+    waits: Bool = true
   ) -> (good: Int, failure: ChunkOutcome?) {
     let blockSize = ImageLimits.blockSize
     let start = chunks.dataOffset + number * blockSize
@@ -191,7 +201,8 @@ final class ChunkStore: Sendable {
       do throws(Errno) {
         // SAFETY: the caller vouches for room for all blocks.
         let rest = unsafe UnsafeMutableRawBufferPointer(start: buffer + done, count: length - done)
-        let got = try unsafe file.read(into: rest, at: start + done)
+        let got = try unsafe file.read(
+          into: rest, at: start + done, waits: mayWait(waits))
         if got == 0 { throw .noData }
         done += got
       } catch {
@@ -205,7 +216,7 @@ final class ChunkStore: Sendable {
       let chunk = number + good
       let (page, slot) = chunks.place(of: chunk)
       var checksum: UInt64 = 0
-      let outcome = readTable(page, pages, &checksum) { $0.word(slot) }
+      let outcome = readTable(page, pages, &checksum, waits: waits) { $0.word(slot) }
       guard case .ready = outcome else {
         return (good, ChunkOutcome(outcome: outcome, fileOffset: tableOffset(of: chunk)))
       }

@@ -28,6 +28,30 @@ extension MemoryImage {
   public func read(
     region: Int, firstBlock: Int, blockCount: Int, into buffer: UnsafeMutableRawPointer
   ) throws(ImageError) -> ImageRun {
+    // SAFETY: as the caller vouches.
+    try unsafe read(
+      region: region, firstBlock: firstBlock, blockCount: blockCount, into: buffer, waits: true)
+  }
+
+  /// As `read`, but waits for no storage: `nil` where the first block, or what is needed to
+  /// find it, is not in the page cache, and where the filesystem cannot tell.
+  @unsafe
+  public func readAtHand(
+    region: Int, firstBlock: Int, blockCount: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(ImageError) -> ImageRun? {
+    // SAFETY: as the caller vouches.
+    let run = try unsafe read(
+      region: region, firstBlock: firstBlock, blockCount: blockCount, into: buffer, waits: false)
+    return run.blockCount > 0 ? run : nil
+  }
+
+  /// - Returns: a run of no blocks where `waits` is `false` and it would have to.
+  @unsafe
+  @inline(__always)
+  private func read(
+    region: Int, firstBlock: Int, blockCount: Int, into buffer: UnsafeMutableRawPointer,
+    waits: Bool
+  ) throws(ImageError) -> ImageRun {
     guard region >= 0, region < geometries.count else {
       throw ImageError(.outOfRange, path, "it has no region \(region)")
     }
@@ -38,12 +62,15 @@ extension MemoryImage {
       throw failure(
         .outOfRange, "\(blockCount) blocks are not there", region: region, block: firstBlock)
     }
-    let (outcome, first) = indexEntry(geometry, block: firstBlock)
+    let (outcome, first) = indexEntry(geometry, block: firstBlock, waits: waits)
     guard case .ready = outcome else {
+      if !waits, outcome.wouldWait { return ImageRun(kind: .data, blockCount: 0) }
       throw indexFailure(outcome, region: region, block: firstBlock)
     }
     if first == 0 {
-      let count = run(of: geometry, from: firstBlock, limit: blockCount) { _, entry in entry == 0 }
+      let count = run(of: geometry, from: firstBlock, limit: blockCount, waits: waits) { _, entry in
+        entry == 0
+      }
       return ImageRun(kind: .zero, blockCount: count)
     }
     var done = 0
@@ -53,21 +80,21 @@ extension MemoryImage {
       let number = Int(entry) - 1
       let store = store(of: number)
       let room = min(blockCount - done, store.room(from: number))
-      let count = run(of: geometry, from: firstBlock + done, limit: room) { index, next in
+      let count = run(of: geometry, from: firstBlock + done, limit: room, waits: waits) { index, next in
         Int(next) == number + 1 + index
       }
       // SAFETY: the caller vouches for room for all blocks.
       let (good, problem) = try unsafe store.readBlocks(
         number, count: count, into: buffer + done * ImageLimits.blockSize, pages: pages,
-        decoders: decoders)
+        decoders: decoders, waits: waits)
       done += good
       if let problem {
-        if done > 0 { break }
+        if done > 0 || (!waits && problem.outcome.wouldWait) { break }
         throw dataFailure(problem, store, region: region, block: firstBlock)
       }
       // What a chunk lacks is looked at when it comes first.
       guard good == count, done < blockCount else { break }
-      let next = indexEntry(geometry, block: firstBlock + done)
+      let next = indexEntry(geometry, block: firstBlock + done, waits: waits)
       guard case .ready = next.outcome, next.entry != 0 else { break }
       entry = next.entry
     }
@@ -79,30 +106,31 @@ extension MemoryImage {
   /// The index entry of a block: 0, or 1 + the number of a stored block.
   @inline(__always)
   func indexEntry(
-    _ geometry: RegionGeometry, block: Int
+    _ geometry: RegionGeometry, block: Int, waits: Bool = true
   ) -> (outcome: ReadOutcome, entry: UInt32) {
     let page = block / RegionGeometry.entriesPerPage
     let slot = block - page * RegionGeometry.entriesPerPage
     var entry: UInt32 = 0
-    let outcome = readIndex(geometry, page: page, &entry) { $0.half(slot) }
+    let outcome = readIndex(geometry, page: page, &entry, waits: waits) { $0.half(slot) }
     return (outcome, entry)
   }
 
   /// Looks something up in an index page; see `VerifiedPages.read`.
   @inline(__always)
   func readIndex<Value>(
-    _ geometry: RegionGeometry, page: Int, _ value: inout Value, _ body: (VerifiedPage) -> Value
+    _ geometry: RegionGeometry, page: Int, _ value: inout Value, waits: Bool = true,
+    _ body: (VerifiedPage) -> Value
   ) -> ReadOutcome {
     pages.read(
       geometry.firstIndexPage + page, from: own.file, offset: geometry.offset(ofIndexPage: page),
-      seed: geometry.seed(ofIndexPage: page), &value, body)
+      seed: geometry.seed(ofIndexPage: page), &value, waits: own.mayWait(waits), body)
   }
 
   /// How many blocks from one on, itself included, satisfy a condition. Ends before an index
   /// page that is not to be had.
   @inline(__always)
   private func run(
-    of geometry: RegionGeometry, from firstBlock: Int, limit: Int,
+    of geometry: RegionGeometry, from firstBlock: Int, limit: Int, waits: Bool,
     while condition: (_ index: Int, _ entry: UInt32) -> Bool
   ) -> Int {
     var count = 1
@@ -113,7 +141,7 @@ extension MemoryImage {
       // Those of one page are looked at together.
       let length = min(limit - count, RegionGeometry.entriesPerPage - slot)
       var found = 0
-      let outcome = readIndex(geometry, page: page, &found) { entries in
+      let outcome = readIndex(geometry, page: page, &found, waits: waits) { entries in
         var index = 0
         while index < length, condition(count + index, entries.half(slot + index)) { index += 1 }
         return index

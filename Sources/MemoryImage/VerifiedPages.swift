@@ -18,6 +18,11 @@ enum ReadOutcome {
   case damaged
   /// It cannot be read.
   case failed(Errno)
+
+  /// Whether it was not to wait for storage and would have had to.
+  var wouldWait: Bool {
+    if case .failed(.wouldBlock) = self { true } else { false }
+  }
 }
 
 /// A page of an index or of a chunk table whose checksum was right, to look up entries in.
@@ -106,12 +111,13 @@ final class VerifiedPages: @unchecked Sendable {
   /// - Parameters:
   ///   - page: its number, the same for the same page of the same file.
   ///   - value: what `body` returned; as it was where the page is not to be had.
+  ///   - waits: `false` fails with `wouldBlock` in place of waiting for storage.
   ///   - body: may be called more than once, also with a page whose words are not of one
   ///     time: it must end, must not trap, and has no effect but its value.
   @inline(__always)
   func read<Value>(
     _ page: Int, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64,
-    _ value: inout Value, _ body: (VerifiedPage) -> Value
+    _ value: inout Value, waits: Bool = true, _ body: (VerifiedPage) -> Value
   ) -> ReadOutcome {
     let tag = UInt64(truncatingIfNeeded: page) &+ 1
     let first = (page % setCount) &* Self.ways
@@ -130,17 +136,18 @@ final class VerifiedPages: @unchecked Sendable {
       value = found
       return .ready
     }
-    return load(page, from: file, offset: offset, seed: seed, &value, body)
+    return load(page, from: file, offset: offset, seed: seed, &value, waits: waits, body)
   }
 
   /// Reads a page from the file, checks it, and answers from that copy.
   @inline(never)
   private func load<Value>(
     _ page: Int, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64,
-    _ value: inout Value, _ body: (VerifiedPage) -> Value
+    _ value: inout Value, waits: Bool, _ body: (VerifiedPage) -> Value
   ) -> ReadOutcome {
     var staging = Staging(repeating: 0)
-    let outcome = Self.read(into: &staging, from: file, offset: offset, seed: seed)
+    let outcome = Self.read(
+      into: &staging, from: file, offset: offset, seed: seed, waits: waits)
     guard case .ready = outcome else { return outcome }
     return unsafe withUnsafeBytes(of: &staging) { bytes in
       guard let start = bytes.baseAddress else { return .damaged }
@@ -187,12 +194,13 @@ final class VerifiedPages: @unchecked Sendable {
 
   /// Reads a page and checks it against its checksum.
   static func read(
-    into staging: inout Staging, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64
+    into staging: inout Staging, from file: borrowing OwnedDescriptor, offset: Int, seed: UInt64,
+    waits: Bool = true
   ) -> ReadOutcome {
     let failure: Errno? = unsafe withUnsafeMutableBytes(of: &staging) { bytes in
       do throws(Errno) {
         // SAFETY: the bytes are the caller's own, for the time of the closure.
-        try unsafe file.readAll(into: bytes, at: offset)
+        try unsafe file.readAll(into: bytes, at: offset, waits: waits)
         return nil
       } catch {
         return error

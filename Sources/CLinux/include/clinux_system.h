@@ -9,6 +9,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/fs.h>
+#include <linux/magic.h>
 #include <linux/memfd.h>
 #include <poll.h>
 #include <pthread.h>
@@ -24,6 +26,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/vfs.h>
 #include <time.h>
@@ -60,6 +63,20 @@ static inline long clinux_write(int fd, const void *buffer, size_t length) {
 }
 static inline long clinux_pread(int fd, void *buffer, size_t length, off_t offset) {
   return clinux_result(pread(fd, buffer, length, offset));
+}
+/// As pread, but EAGAIN where it would have to wait for storage (preadv2, RWF_NOWAIT).
+/// EOPNOTSUPP where the filesystem cannot say.
+static inline long clinux_pread_nowait(int fd, void *buffer, size_t length, off_t offset) {
+  struct iovec piece = {.iov_base = buffer, .iov_len = length};
+  return clinux_result(syscall(SYS_preadv2, fd, &piece, 1L, (long)offset, 0L, RWF_NOWAIT));
+}
+/// Whether the file is in memory only: tmpfs, ramfs, hugetlbfs.
+static inline long clinux_is_memory_file(int fd) {
+  struct statfs status;
+  const long result = clinux_result(fstatfs(fd, &status));
+  if (result < 0) return result;
+  return status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC ||
+         status.f_type == HUGETLBFS_MAGIC;
 }
 static inline long clinux_pwrite(int fd, const void *buffer, size_t length, off_t offset) {
   return clinux_result(pwrite(fd, buffer, length, offset));
