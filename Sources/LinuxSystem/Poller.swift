@@ -37,6 +37,19 @@ public struct Poller: ~Copyable, Sendable {
     _ = try check(clinux_epoll_add(descriptor.rawValue, watched, events, tag))
   }
 
+  /// Watches a descriptor for being readable until it is reported once, to one of the threads
+  /// that wait; then `rearm` (EPOLLONESHOT).
+  public borrowing func addOnce(_ watched: CInt, tag: UInt64) throws(Errno) {
+    let events = EPOLLIN.rawValue | EPOLLONESHOT.rawValue
+    _ = try check(clinux_epoll_add(descriptor.rawValue, watched, events, tag))
+  }
+
+  /// Watches a descriptor of `addOnce` for the next time.
+  public borrowing func rearm(_ watched: CInt, tag: UInt64) throws(Errno) {
+    let events = EPOLLIN.rawValue | EPOLLONESHOT.rawValue
+    _ = try check(clinux_epoll_modify(descriptor.rawValue, watched, events, tag))
+  }
+
   /// Stops watching a descriptor.
   public borrowing func remove(_ watched: CInt) throws(Errno) {
     _ = try check(clinux_epoll_remove(descriptor.rawValue, watched))
@@ -58,4 +71,9 @@ public struct Poller: ~Copyable, Sendable {
 /// A descriptor that becomes readable when a process ends (pidfd_open(2)).
 public func openProcess(_ processID: CInt) throws(Errno) -> OwnedDescriptor {
   OwnedDescriptor(owning: CInt(try check(clinux_pidfd_open(processID))))
+}
+
+/// Ends a process at once (SIGKILL, pidfd_send_signal(2)). `noSuchProcess` when it has ended.
+public func sendKill(to process: borrowing OwnedDescriptor) throws(Errno) {
+  _ = try check(clinux_pidfd_send_signal(process.rawValue, SIGKILL))
 }

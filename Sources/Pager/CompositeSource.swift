@@ -11,6 +11,13 @@ public struct ZeroSource: PageSource {
   ) throws(PageSourceError) -> SourceRun {
     SourceRun(isZero: true, length: length)
   }
+
+  /// As `read`.
+  @unsafe public func readAtHand(
+    region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun? {
+    SourceRun(isZero: true, length: length)
+  }
 }
 
 /// Several sources as one: each part of a region comes from a source of its own, such as the
@@ -82,14 +89,34 @@ public struct CompositeSource: PageSource {
   @unsafe public func read(
     region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
   ) throws(PageSourceError) -> SourceRun {
+    let (part, offset, length) = try place(region, offset, length)
+    // SAFETY: the caller vouches for room for `length` bytes; no more are asked for.
+    return try unsafe part.source.read(
+      region: part.sourceRegion, offset: offset, length: length, into: buffer)
+  }
+
+  /// As `read`, where the part's source has it at hand.
+  @unsafe public func readAtHand(
+    region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun? {
+    let (part, offset, length) = try place(region, offset, length)
+    // SAFETY: as in `read`.
+    return try unsafe part.source.readAtHand(
+      region: part.sourceRegion, offset: offset, length: length, into: buffer)
+  }
+
+  /// The part that is to be asked, and for what.
+  private func place(
+    _ region: Int, _ offset: Int, _ length: Int
+  ) throws(PageSourceError) -> (part: Part, offset: Int, length: Int) {
     guard regions.indices.contains(region), let part = part(of: regions[region], at: offset)
     else {
       throw PageSourceError("nothing is at offset \(offset) of region \(region)")
     }
-    // SAFETY: the caller vouches for room for `length` bytes; no more are asked for.
-    return try unsafe part.source.read(
-      region: part.sourceRegion, offset: part.sourceOffset + offset - part.range.lowerBound,
-      length: min(length, part.range.upperBound - offset), into: buffer)
+    return (
+      part, part.sourceOffset + offset - part.range.lowerBound,
+      min(length, part.range.upperBound - offset)
+    )
   }
 
   /// The part that holds an offset.

@@ -26,7 +26,29 @@ public struct ImageSource: PageSource {
         region: region, firstBlock: offset / block, blockCount: length / block, into: buffer)
       return SourceRun(isZero: run.kind == .zero, length: run.blockCount * block)
     } catch {
-      throw PageSourceError(error.description)
+      throw PageSourceError(error)
     }
+  }
+
+  /// The same, of what is in the page cache; see `MemoryImage.readAtHand`.
+  @unsafe public func readAtHand(
+    region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun? {
+    let block = ImageLimits.blockSize
+    do {
+      // SAFETY: as the caller vouches.
+      let run = try unsafe image.readAtHand(
+        region: region, firstBlock: offset / block, blockCount: length / block, into: buffer)
+      return run.map { SourceRun(isZero: $0.kind == .zero, length: $0.blockCount * block) }
+    } catch {
+      throw PageSourceError(error)
+    }
+  }
+}
+
+extension PageSourceError {
+  /// What an image says. Storage that fails may work again; damage stays.
+  init(_ error: ImageError) {
+    self.init(error.description, mayRecover: error.code == .inputOutput)
   }
 }

@@ -18,8 +18,12 @@ public struct SourceRun: Sendable {
 
 /// Where the content of absent pages comes from.
 ///
-/// Called from several fault threads at once. What it returns has been checked: a
-/// source that cannot vouch for a page throws.
+/// Called from several threads at once. What it returns has been checked: a source that cannot
+/// vouch for a page throws.
+///
+/// A fault thread asks `readAtHand`, which waits for nothing, so that a slow source holds up no
+/// other page. What is not at hand is read by a thread of the session that may wait
+/// (`SourceLane`).
 public protocol PageSource: Sendable {
   /// Reads the longest run, at most `length` bytes, that is all zero or all data.
   ///
@@ -32,6 +36,12 @@ public protocol PageSource: Sendable {
     region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
   ) throws(PageSourceError) -> SourceRun
 
+  /// As `read`, but waits for no device, no network and no other thread: `nil` where it would
+  /// have to.
+  @unsafe func readAtHand(
+    region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun?
+
   /// Bytes that one read brings for the cost of a page, such as those of a compressed chunk.
   var readAhead: Int { get }
 }
@@ -39,15 +49,26 @@ public protocol PageSource: Sendable {
 extension PageSource {
   /// None.
   public var readAhead: Int { 0 }
+
+  /// Nothing is at hand: for sources that cannot tell.
+  @unsafe public func readAtHand(
+    region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun? { nil }
 }
 
 /// Why a source has no right content for a page.
 public struct PageSourceError: Error, Sendable, CustomStringConvertible {
   /// What failed and where, in words for the person who runs it.
   public let description: String
+  /// Whether the source is out of reach and may come back: it is asked again until
+  /// `PagerOptions.sourceTimeout` has passed. `false` for damage.
+  public let mayRecover: Bool
 
   /// An error with a text such as "block 7 of region ram is damaged".
-  public init(_ description: String) { self.description = description }
+  public init(_ description: String, mayRecover: Bool = false) {
+    self.description = description
+    self.mayRecover = mayRecover
+  }
 }
 
 /// Memory of this process as a source: for benchmarks and tests. Nothing is checked.
@@ -76,5 +97,13 @@ public struct MappedMemorySource: PageSource {
     // SAFETY: the range was checked, and the mapping lives as long as `bytes`.
     unsafe buffer.copyMemory(from: bytes.mapping.pointer + offset, byteCount: length)
     return SourceRun(isZero: false, length: length)
+  }
+
+  /// As `read`: it is memory.
+  @unsafe public func readAtHand(
+    region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun? {
+    // SAFETY: as the caller vouches.
+    try unsafe read(region: region, offset: offset, length: length, into: buffer)
   }
 }

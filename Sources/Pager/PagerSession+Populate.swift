@@ -52,14 +52,13 @@ extension PagerSession {
     do throws(Errno) {
       for index in 0..<options.populateThreads {
         let slot = counters[options.faultThreads + index]
-        let staging = try PopulateStaging(
-          length: max(Self.pieceLength, regions.map(\.pageSize.bytes).max() ?? 4096))
+        let bench = try SendableBench(length: benchLength)
         let thread = try NamedThread(name: "populate\(index)") {
           while !self.hasEnded, !(isReplay && self.isStopping),
             let piece = tally.next(of: pieces.count).map({ pieces[$0] })
           {
             self.populate(
-              piece.region, piece.pages, staging.buffer, slot.counters, isReplay: isReplay)
+              piece.region, piece.pages, bench.buffer, slot.counters, isReplay: isReplay)
             progress?(tally.finish(piece.bytes), total)
           }
         }
@@ -81,7 +80,7 @@ extension PagerSession {
   }
 
   private func populate(
-    _ region: PagedRegion, _ pages: Range<Int>, _ staging: borrowing StagingBuffer,
+    _ region: PagedRegion, _ pages: Range<Int>, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, isReplay: Bool
   ) {
     let size = region.pageSize.bytes
@@ -96,7 +95,7 @@ extension PagerSession {
       }
       while claimed > 0 {
         let done = populateRun(
-          region, page, claimed, staging, counters, isReplay: isReplay)
+          region, page, claimed, bench, counters, isReplay: isReplay)
         page += done
         claimed -= done
       }
@@ -105,11 +104,11 @@ extension PagerSession {
 
   /// Fills the first run of claimed pages; returns how many pages are settled.
   private func populateRun(
-    _ region: PagedRegion, _ first: Int, _ claimed: Int, _ staging: borrowing StagingBuffer,
+    _ region: PagedRegion, _ first: Int, _ claimed: Int, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, isReplay: Bool
   ) -> Int {
     // A damaged page, and a run that ends inside a page (hugetlbfs), go page by page.
-    if let run = try? fetchRun(first, limit: claimed, region, staging, insists: true),
+    if let run = try? fetchRun(first, limit: claimed, region, bench, insists: true),
       run.count > 0
     {
       // hugetlbfs has no ZEROPAGE: its pages of zeros come by themselves.
@@ -117,18 +116,11 @@ extension PagerSession {
         giveBack(region, first..<(first + run.count))
         return run.count
       }
-      let installed = installRun(first, run, region, staging, counters)
+      let installed = installRun(first, run, region, bench, counters)
       counters.populatedPages.add(UInt64(installed))
       if installed > 0 { return installed }
     }
-    var outcome = fetchAndInstall(first, region, staging, counters)
-    while case .retry = outcome {
-      // An event may have changed the page meanwhile, so from here on it is a fault like
-      // any other: whatever it has become, those who wait for it are woken.
-      Pause.microseconds(50)
-      let page = PageFault(address: region.range(of: first).start, flags: [])
-      outcome = resolve(page, staging: staging, counters: counters)
-    }
+    settle(region.range(of: first).start, window: 1, bench, counters)
     if region.states.load(first) == .present { counters.populatedPages.add() }
     return 1
   }
@@ -147,10 +139,4 @@ private final class PopulateTally: Sendable {
   func finish(_ bytes: Int) -> Int {
     bytesDone.wrappingAdd(bytes, ordering: .relaxed).newValue
   }
-}
-
-/// Carries a thread's buffer into its closure.
-private final class PopulateStaging: Sendable {
-  let buffer: StagingBuffer
-  init(length: Int) throws(Errno) { buffer = try StagingBuffer(length: length) }
 }

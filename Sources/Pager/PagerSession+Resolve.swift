@@ -11,13 +11,16 @@ enum FaultOutcome {
   case resolved
   /// An event must be read first (EAGAIN).
   case retry
+  /// The source does not have the page at hand. It stays claimed: whoever gets this has it read
+  /// by a thread that may wait.
+  case deferred
   /// The session is over.
   case ended
 }
 
 /// What a page is to become.
 enum PageFill {
-  /// The bytes in the staging buffer.
+  /// The bytes in the bench.
   case staged
   /// Zeros.
   case zero
@@ -34,7 +37,7 @@ extension PagerSession {
   ///
   /// - Parameter window: pages from that one on that the guest will probably touch next.
   func resolve(
-    _ fault: PageFault, window: Int = 1, staging: borrowing StagingBuffer,
+    _ fault: PageFault, window: Int = 1, bench: borrowing Workbench,
     counters: borrowing WorkerCounters
   ) -> FaultOutcome {
     guard let region = region(at: fault.address) else {
@@ -46,7 +49,7 @@ extension PagerSession {
       case .absent:
         guard region.states.claim(from: page, limit: 1) == 1 else { continue }
         recorder?.note(region.range(of: page).start)
-        return fetchAndInstall(page, window: window, region, staging, counters)
+        return fetchAndInstall(page, window: window, region, bench, counters)
       case .filling:
         counters.coalescedFaults.add()
         return .resolved
@@ -54,13 +57,16 @@ extension PagerSession {
         // In the page cache but not mapped, or dropped without an event (MADV_DONTNEED
         // where remove events were not negotiated, PUNCH_HOLE): then it reads as zero.
         let fill: PageFill = fault.flags.contains(.minor) ? .cached : .zero
-        return install(fill, page, region, staging, counters, expecting: .present)
+        return install(fill, page, region, bench, counters, expecting: .present)
       case .removed:
         let fill: PageFill = fault.flags.contains(.minor) ? .cached : .zero
-        return install(fill, page, region, staging, counters, expecting: .removed)
+        return install(fill, page, region, bench, counters, expecting: .removed)
       case .poisoned:
-        guard canPoison else { return .resolved }
-        return install(.poison, page, region, staging, counters, expecting: .poisoned)
+        guard canPoison else {
+          stopGuestIfSo()
+          return .resolved
+        }
+        return install(.poison, page, region, bench, counters, expecting: .poisoned)
       case .unmapped:
         try? userfaultfd.wake(region.range(of: page))
         return .resolved
@@ -76,36 +82,58 @@ extension PagerSession {
   // MARK: - Content
 
   func fetchAndInstall(
-    _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters
   ) -> FaultOutcome {
-    let fill: PageFill
     do {
-      fill = try fetch(page, region, staging)
+      guard let fill = try fetchPatiently(page, region, bench) else { return .deferred }
+      return install(fill, page, region, bench, counters, expecting: .filling)
     } catch {
       return fail(
-        page, region, staging, counters, expecting: .filling, reason: error.description)
+        page, region, bench, counters, expecting: .filling, reason: error.description)
     }
-    return install(fill, page, region, staging, counters, expecting: .filling)
   }
 
-  /// Reads one page of the region into the staging buffer.
+  /// Reads one page of the region, and asks again when the source is out of reach, if this
+  /// thread may wait. `nil` when it may not.
+  func fetchPatiently(
+    _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench
+  ) throws(PageSourceError) -> PageFill? {
+    let deadline = MonotonicClock.nanoseconds &+ options.sourceTimeout
+    while true {
+      do {
+        return try fetch(page, region, bench)
+      } catch {
+        guard error.mayRecover else { throw error }
+        guard bench.waits else { return nil }
+        guard MonotonicClock.nanoseconds < deadline, region.states.load(page) == .filling,
+          !hasEnded
+        else { throw error }
+        Pause.microseconds(20_000)
+      }
+    }
+  }
+
+  /// Reads one page of the region into the bench; `nil` where it is not at hand and this thread
+  /// may not wait.
   func fetch(
-    _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer
-  ) throws(PageSourceError) -> PageFill {
+    _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench
+  ) throws(PageSourceError) -> PageFill? {
     let size = region.pageSize.bytes
     let start = region.sourceOffset + page * size
     var done = 0
     var anyData = false
     while done < size {
-      // SAFETY: the staging buffer is as long as the largest page.
-      let run = try unsafe source.read(
-        region: region.sourceRegion, offset: start + done, length: size - done,
-        into: staging.pointer + done)
+      // SAFETY: the bench is as long as the largest page.
+      guard
+        let run = try unsafe read(
+          region, offset: start + done, length: size - done, into: bench.pointer + done,
+          waits: bench.waits)
+      else { return nil }
       if run.isZero {
         // Only a page that also has data needs its zeros written out.
         if run.length < size {
-          unsafe (staging.pointer + done).initializeMemory(
+          unsafe (bench.pointer + done).initializeMemory(
             as: UInt8.self, repeating: 0, count: run.length)
         }
       } else {
@@ -116,12 +144,27 @@ extension PagerSession {
     return anyData ? .staged : .zero
   }
 
+  /// Asks the source; `nil` where it would have to wait and may not.
+  @unsafe
+  @inline(__always)
+  func read(
+    _ region: PagedRegion, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer,
+    waits: Bool
+  ) throws(PageSourceError) -> SourceRun? {
+    // SAFETY: the caller vouches for room for `length` bytes.
+    waits
+      ? try unsafe source.read(
+        region: region.sourceRegion, offset: offset, length: length, into: buffer)
+      : try unsafe source.readAtHand(
+        region: region.sourceRegion, offset: offset, length: length, into: buffer)
+  }
+
   // MARK: - Resolution
 
   /// Resolves a page and records its new state, if its state is still the expected one;
   /// if an event changed it meanwhile, what the event said holds.
   func install(
-    _ fill: PageFill, _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ fill: PageFill, _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, expecting expected: PageState
   ) -> FaultOutcome {
     var attempts = 0
@@ -139,7 +182,7 @@ extension PagerSession {
           fill = .zero
         }
         let range = region.range(of: page)
-        let resolution = apply(fill, range, page, region, staging)
+        let resolution = apply(fill, range, page, region, bench)
         switch resolution.obstacle {
         case nil:
           count(fill, region.mode, counters)
@@ -169,10 +212,10 @@ extension PagerSession {
         return .ended
       case .absent where fill == .cached:
         // The page left the page cache again (a hole was punched): it is zero now.
-        return install(.zero, page, region, staging, counters, expecting: expected)
+        return install(.zero, page, region, bench, counters, expecting: expected)
       case .absent:
         return fail(
-          page, region, staging, counters, expecting: expected, reason: "\(Errno.badAddress)")
+          page, region, bench, counters, expecting: expected, reason: "\(Errno.badAddress)")
       case .failed(let errno):
         // No memory now need not mean none in a moment; but not for ever.
         attempts += 1
@@ -181,7 +224,7 @@ extension PagerSession {
           continue
         }
         return fail(
-          page, region, staging, counters, expecting: expected, reason: "\(errno)")
+          page, region, bench, counters, expecting: expected, reason: "\(errno)")
       }
     }
   }
@@ -189,19 +232,19 @@ extension PagerSession {
   /// The ioctls of one resolution. The caller holds the gate.
   private func apply(
     _ fill: PageFill, _ range: HostRange, _ page: Int, _ region: PagedRegion,
-    _ staging: borrowing StagingBuffer
+    _ bench: borrowing Workbench
   ) -> Resolution {
     switch fill {
     case .staged:
-      // SAFETY: the staging buffer holds the whole page, which was just fetched.
-      return unsafe fillRange(from: staging.pointer, range, page, region)
+      // SAFETY: the bench holds the whole page, which was just fetched.
+      return unsafe fillRange(from: bench.pointer, range, page, region)
     case .zero:
       guard case .size4KiB = region.pageSize else {
         // hugetlbfs has no ZEROPAGE.
-        unsafe staging.pointer.initializeMemory(
+        unsafe bench.pointer.initializeMemory(
           as: UInt8.self, repeating: 0, count: range.length)
         return unsafe userfaultfd.copy(
-          from: staging.pointer, to: range.start, length: range.length)
+          from: bench.pointer, to: range.start, length: range.length)
       }
       return userfaultfd.zeropage(range)
     case .cached:
@@ -246,7 +289,7 @@ extension PagerSession {
 
   /// Tells the guest: the page is poisoned where the kernel can, else its waiters wait.
   func fail(
-    _ page: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, expecting expected: PageState, reason: String
   ) -> FaultOutcome {
     let state = gate.read {
@@ -258,7 +301,7 @@ extension PagerSession {
     case expected where state != .poisoned: break
     case .removed:
       // Given up while its content was being looked for: zeros are right.
-      return install(.zero, page, region, staging, counters, expecting: .removed)
+      return install(.zero, page, region, bench, counters, expecting: .removed)
     default:
       // Unmapped; or already poisoned, and recorded then.
       try? userfaultfd.wake(region.range(of: page))
@@ -269,8 +312,12 @@ extension PagerSession {
       PageFailure(
         guestAddress: region.guestAddress.advanced(by: page * region.pageSize.bytes),
         pageSize: region.pageSize, isPoisoned: canPoison, reason: reason))
-    guard canPoison else { return .resolved }
-    return install(.poison, page, region, staging, counters, expecting: .poisoned)
+    guard canPoison else {
+      // Whoever waits for it faults again: it is the touch that ends the guest, not the damage.
+      if options.onDamage == .stopVMM { try? userfaultfd.wake(region.range(of: page)) }
+      return .resolved
+    }
+    return install(.poison, page, region, bench, counters, expecting: .poisoned)
   }
 
   /// A fault outside of all regions: the other side registered memory that it did not
@@ -279,6 +326,7 @@ extension PagerSession {
     counters.failedPages.add()
     let page = HostRange(
       start: HostAddress(fault.address.rawValue & ~4095), length: PageSize.size4KiB.bytes)
+    stopGuestIfSo()
     var poisoned = false
     if canPoison {
       let resolution = gate.read { userfaultfd.poison(page) }
@@ -290,5 +338,15 @@ extension PagerSession {
         guestAddress: GuestAddress(fault.address.rawValue), pageSize: .size4KiB,
         isPoisoned: poisoned, reason: "host address \(page.start) lies in no region"))
     return .resolved
+  }
+
+  /// Ends the guest's process where that is the policy.
+  private func stopGuestIfSo() {
+    guard options.onDamage == .stopVMM else { return }
+    switch process {
+    case .none: break
+    // ESRCH: it is gone already.
+    case .some(let process): try? sendKill(to: process)
+    }
   }
 }

@@ -10,6 +10,11 @@ extension PagerSession {
   /// hold up the reading of events.
   static var pieceLength: Int { 256 << 10 }
 
+  /// Bytes of a thread's bench: a piece, or the largest page.
+  var benchLength: Int {
+    max(Self.pieceLength, regions.reduce(0) { max($0, $1.pageSize.bytes) })
+  }
+
   /// Pages that were read from the source.
   struct FetchedRun {
     /// All zeros; nothing is in the buffer.
@@ -21,30 +26,33 @@ extension PagerSession {
   /// Reads the longest run of whole pages that is all data or all zeros.
   ///
   /// - Parameters:
-  ///   - limit: pages that fit into the staging buffer, at least 1.
+  ///   - limit: pages that fit into the bench, at least 1.
   ///   - insists: reads on until there are that many. Otherwise one read of the source
   ///     decides: what it has at no extra cost.
-  /// - Returns: `count` 0 where the run ends inside of the first page (hugetlbfs).
+  /// - Returns: `count` 0 where the run ends inside of the first page (hugetlbfs), and where that
+  ///   is not at hand and this thread may not wait.
   /// - Throws: when there is nothing right from the first page on.
   func fetchRun(
-    _ first: Int, limit: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ first: Int, limit: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
     insists: Bool
   ) throws(PageSourceError) -> FetchedRun {
     let size = region.pageSize.bytes
     let start = region.sourceOffset + first * size
     var done = 0
     while done < limit * size {
-      let run: SourceRun
+      let found: SourceRun?
       do {
-        // SAFETY: the staging buffer has room for `limit` pages.
-        run = try unsafe source.read(
-          region: region.sourceRegion, offset: start + done, length: limit * size - done,
-          into: staging.pointer + done)
+        // SAFETY: the bench has room for `limit` pages.
+        found = try unsafe read(
+          region, offset: start + done, length: limit * size - done, into: bench.pointer + done,
+          waits: bench.waits)
       } catch {
         // Damage further up is for the fault, or the step, that begins there.
         guard done >= size else { throw error }
         break
       }
+      // The rest is not at hand, which is for a thread that may wait.
+      guard let run = found else { break }
       if run.isZero {
         if done == 0 { return FetchedRun(isZero: true, count: run.length / size) }
         break
@@ -55,11 +63,11 @@ extension PagerSession {
     return FetchedRun(isZero: false, count: done / size)
   }
 
-  /// Installs pages that are claimed and that the staging buffer holds, or zeros.
+  /// Installs pages that are claimed and that the bench holds, or zeros.
   ///
   /// - Returns: how many, 0 when the first of them needs the way of a single page.
   func installRun(
-    _ first: Int, _ run: FetchedRun, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ first: Int, _ run: FetchedRun, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters
   ) -> Int {
     gate.read {
@@ -67,11 +75,11 @@ extension PagerSession {
       while length < run.count, region.states.load(first + length) == .filling { length += 1 }
       guard length > 0 else { return 0 }
       let range = region.range(of: first, count: length)
-      // SAFETY: the staging buffer holds at least `length` pages from `first` on.
+      // SAFETY: the bench holds at least `length` pages from `first` on.
       let resolution =
         run.isZero
         ? userfaultfd.zeropage(range)
-        : unsafe fillRange(from: staging.pointer, range, first, region)
+        : unsafe fillRange(from: bench.pointer, range, first, region)
       let done = resolution.bytesDone / region.pageSize.bytes
       region.states.fill(first..<(first + done), with: .present)
       switch region.mode {
@@ -99,47 +107,47 @@ extension PagerSession {
   /// Neighbours are claimed when their content is there: one that is touched meanwhile is
   /// somebody else's.
   func fetchAndInstall(
-    _ page: Int, window: Int, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ page: Int, window: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters
   ) -> FaultOutcome {
     let size = region.pageSize.bytes
-    let room = max(1, min(staging.length, Self.pieceLength) / size)
+    let room = max(1, min(bench.length, Self.pieceLength) / size)
     let limit = min(
       max(window, source.readAhead / size, 1), room, region.pageCount - page)
     guard limit > 1, options.faultAround.maximum > 0,
-      let run = try? fetchRun(page, limit: limit, region, staging, insists: window > 1),
+      let run = try? fetchRun(page, limit: limit, region, bench, insists: window > 1),
       run.count > 1
-    else { return fetchAndInstall(page, region, staging, counters) }
+    else { return fetchAndInstall(page, region, bench, counters) }
     let claimed = 1 + region.states.claim(from: page + 1, limit: run.count - 1)
     let installed = installRun(
-      page, FetchedRun(isZero: run.isZero, count: claimed), region, staging, counters)
+      page, FetchedRun(isZero: run.isZero, count: claimed), region, bench, counters)
     giveBack(region, page + max(installed, 1)..<page + claimed)
     guard installed == 0 else {
       counters.broughtAlong.add(UInt64(installed - 1))
       return .resolved
     }
     return install(
-      run.isZero ? .zero : .staged, page, region, staging, counters, expecting: .filling)
+      run.isZero ? .zero : .staged, page, region, bench, counters, expecting: .filling)
   }
 
   /// Fills some absent pages ahead of the guest; returns how far it came.
   func fillAhead(
-    _ pages: Range<Int>, _ region: PagedRegion, _ staging: borrowing StagingBuffer,
+    _ pages: Range<Int>, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters
   ) -> Int {
-    let room = max(1, min(staging.length, Self.pieceLength) / region.pageSize.bytes)
+    let room = max(1, min(bench.length, Self.pieceLength) / region.pageSize.bytes)
     var first = pages.lowerBound
     while region.states.load(first) != .absent {
       first += 1
       guard first < pages.upperBound else { return first }
     }
     let limit = min(room, pages.upperBound - first)
-    guard let run = try? fetchRun(first, limit: limit, region, staging, insists: true),
+    guard let run = try? fetchRun(first, limit: limit, region, bench, insists: true),
       run.count > 0
     else { return pages.upperBound }
     let claimed = region.states.claim(from: first, limit: run.count)
     let installed = installRun(
-      first, FetchedRun(isZero: run.isZero, count: claimed), region, staging, counters)
+      first, FetchedRun(isZero: run.isZero, count: claimed), region, bench, counters)
     giveBack(region, first + installed..<first + claimed)
     counters.broughtAlong.add(UInt64(installed))
     // An event, or a page that somebody else has: the guest's faults decide from there.

@@ -6,44 +6,6 @@ internal import Synchronization
 internal import SystemPackage
 public import Userfault
 
-/// How a session runs.
-public struct PagerOptions: Sendable {
-  /// Threads that serve faults.
-  public var faultThreads: Int
-  /// Threads that `populate` uses.
-  public var populateThreads: Int
-  /// vCPUs whose stage-2 faults the session answers (`makeStageTwoResolver`).
-  public var stageTwoThreads: Int = 0
-  /// With one fault thread: how long it looks for the next fault before it sleeps, in
-  /// nanoseconds, while faults come that fast. 0 switches it off.
-  public var busyPollNanoseconds: UInt64 = 100_000
-  /// Remembers the order in which pages are first touched (`recordedWorkingSet`), in 8 bytes
-  /// for each page of the session. Faults bring nothing along then, so that it is the guest's
-  /// order.
-  public var records = false
-  /// How many neighbours a fault brings along.
-  public var faultAround = FaultAround.adaptive
-  /// Called from a thread of the session when a page has no right content. It must not
-  /// touch the memory that is served.
-  public var onFailure: (@Sendable (PageFailure) -> Void)?
-  /// Called once when the session can serve no more: waiters wait from then on. Comes
-  /// from a thread of the session, so it must not call `stop`.
-  public var onEnd: (@Sendable (PagerError) -> Void)?
-
-  /// Options with the defaults: one thread for faults, which is best for a guest with
-  /// one vCPU, and two for filling.
-  public init(
-    faultThreads: Int = 1, populateThreads: Int = 2,
-    onFailure: (@Sendable (PageFailure) -> Void)? = nil,
-    onEnd: (@Sendable (PagerError) -> Void)? = nil
-  ) {
-    self.faultThreads = max(1, faultThreads)
-    self.populateThreads = max(1, populateThreads)
-    self.onFailure = onFailure
-    self.onEnd = onEnd
-  }
-}
-
 /// Serves the page faults of one guest from one source.
 ///
 /// `start` → faults are served by named threads → `stop` (waiters wait, nothing is
@@ -70,10 +32,11 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let recorder: AccessRecorder?
 
   let gate = ReadWriteLock()
+  let lane: SourceLane<Source>
   let stopSign: EventDescriptor
   private let stopRequested = Atomic<Bool>(false)
   let counters: [WorkerSlot]
-  private let process: OwnedDescriptor?
+  let process: OwnedDescriptor?
   private let state = Mutex(State())
   /// Held by whoever starts or stops the threads, so that two do not.
   private let lifecycle = Mutex(())
@@ -146,14 +109,16 @@ public final class PagerSession<Source: PageSource>: Sendable {
     }
     var options = options
     if options.records { options.faultAround = .off }
-    canPoison = userfaultfd.features.contains(.poison)
+    canPoison = userfaultfd.features.contains(.poison) && options.onDamage == .poison
     self.userfaultfd = userfaultfd
     self.regions = regions.sorted { $0.host.start < $1.host.start }
     self.source = source
     self.options = options
     self.process = process
     let threads = options.faultThreads + options.populateThreads + options.stageTwoThreads
-    counters = (0..<threads).map { _ in WorkerSlot() }
+    lane = SourceLane(
+      threads: options.sourceThreads, timeout: options.sourceTimeout, firstCounters: threads)
+    counters = (0..<(threads + options.sourceThreads + 1)).map { _ in WorkerSlot() }
   }
 
   deinit { stop() }
@@ -224,6 +189,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
       return state.threads
     }
     for thread in threads { thread.join() }
+    lane.stop(self)
   }
 
   /// Stops, unregisters all regions and wakes everyone who still waits.

@@ -20,6 +20,8 @@ public struct PagerStatistics: Sendable {
   public var zeroPages: UInt64 = 0
   /// Faults on a page that another thread was filling.
   public var coalescedFaults: UInt64 = 0
+  /// Faults on pages that the source did not have at hand.
+  public var deferredFaults: UInt64 = 0
   /// EEXIST: the page was there already; its waiters were woken.
   public var alreadyPresent: UInt64 = 0
   /// EAGAIN: an event had to be read first.
@@ -51,6 +53,7 @@ struct WorkerCounters: ~Copyable, Sendable {
   let continuedPages = Atomic<UInt64>(0)
   let zeroPages = Atomic<UInt64>(0)
   let coalescedFaults = Atomic<UInt64>(0)
+  let deferredFaults = Atomic<UInt64>(0)
   let alreadyPresent = Atomic<UInt64>(0)
   let retries = Atomic<UInt64>(0)
   let removeEvents = Atomic<UInt64>(0)
@@ -69,6 +72,7 @@ struct WorkerCounters: ~Copyable, Sendable {
     total.continuedPages += continuedPages.load(ordering: .relaxed)
     total.zeroPages += zeroPages.load(ordering: .relaxed)
     total.coalescedFaults += coalescedFaults.load(ordering: .relaxed)
+    total.deferredFaults += deferredFaults.load(ordering: .relaxed)
     total.alreadyPresent += alreadyPresent.load(ordering: .relaxed)
     total.retries += retries.load(ordering: .relaxed)
     total.removeEvents += removeEvents.load(ordering: .relaxed)

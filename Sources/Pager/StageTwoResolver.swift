@@ -24,12 +24,12 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
   // SAFETY: `resolve` is called by one thread, the vCPU's.
   private let session: PagerSession<Source>
   private let slot: PagerSession<Source>.WorkerSlot
-  private let staging: StagingBuffer
+  private let bench: Workbench
 
   init(session: PagerSession<Source>, slot: PagerSession<Source>.WorkerSlot) throws(Errno) {
     self.session = session
     self.slot = slot
-    staging = try StagingBuffer(length: PageSize.size4KiB.bytes)
+    bench = try Workbench(length: PageSize.size4KiB.bytes, waits: true)
   }
 
   /// Makes the page that holds an address available to vCPUs.
@@ -63,11 +63,14 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
   /// Fills a page that this thread has claimed.
   private func populate(_ page: Int, _ region: PagedRegion) -> StageTwoOutcome {
     let fill: PageFill
-    do {
-      fill = try session.fetch(page, region, staging)
+    do throws(PageSourceError) {
+      guard let found = try session.fetchPatiently(page, region, bench) else {
+        throw PageSourceError("the source gave no answer to a thread that waits")
+      }
+      fill = found
     } catch {
       _ = session.fail(
-        page, region, staging, slot.counters, expecting: .filling, reason: error.description)
+        page, region, bench, slot.counters, expecting: .filling, reason: error.description)
       return .failed
     }
     var attempts = 0
@@ -81,7 +84,7 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
         Pause.microseconds(10_000)
       case let errno?:
         _ = session.fail(
-          page, region, staging, slot.counters, expecting: .filling, reason: "\(errno)")
+          page, region, bench, slot.counters, expecting: .filling, reason: "\(errno)")
         return .failed
       }
     }
@@ -94,8 +97,8 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
     let range = region.range(of: page)
     if case .staged = fill {
       do throws(Errno) {
-        // SAFETY: the staging buffer holds the whole page, which was just fetched.
-        let bytes = unsafe UnsafeRawBufferPointer(start: staging.pointer, count: range.length)
+        // SAFETY: the bench holds the whole page, which was just fetched.
+        let bytes = unsafe UnsafeRawBufferPointer(start: bench.pointer, count: range.length)
         switch region.populator {
         case .none: return .invalidArgument
         case .some(let populator):

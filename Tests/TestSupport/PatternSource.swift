@@ -49,4 +49,12 @@ package final class PatternSource: PageSource {
     }
     return SourceRun(isZero: isZero, length: count * 4096)
   }
+
+  /// Without a delay everything is at hand.
+  @unsafe package func readAtHand(
+    region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun? {
+    guard delay == 0 else { return nil }
+    return try unsafe read(region: region, offset: offset, length: length, into: buffer)
+  }
 }

@@ -151,6 +151,13 @@ static inline long clinux_epoll_wait(int epoll, struct epoll_event *events, int 
 static inline long clinux_pidfd_open(int process) {
   return clinux_result(syscall(SYS_pidfd_open, process, 0));
 }
+static inline long clinux_pidfd_send_signal(int pidfd, int signal) {
+  return clinux_result(syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0));
+}
+static inline long clinux_epoll_modify(int epoll, int fd, uint32_t events, uint64_t tag) {
+  struct epoll_event event = {.events = events, .data = {.u64 = tag}};
+  return clinux_result(epoll_ctl(epoll, EPOLL_CTL_MOD, fd, &event));
+}
 static inline long clinux_poll(struct pollfd *descriptors, nfds_t count, int timeout_ms) {
   return clinux_result(poll(descriptors, count, timeout_ms));
 }
