@@ -7,7 +7,8 @@ internal import Userfault
 
 /// The faults of one session on their way: reads them, resolves them, and fills ahead of the
 /// guest. One thread at a time uses it; after `init` it allocates nothing.
-struct FaultServer<Source: PageSource>: ~Copyable {
+struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
+  // SAFETY: it has an owner, which is one thread at a time; what it hands out is `Sendable`.
   let session: PagerSession<Source>
   private let slot: PagerSession<Source>.WorkerSlot
   private var queue: FaultQueue

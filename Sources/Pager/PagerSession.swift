@@ -45,7 +45,8 @@ public final class PagerSession<Source: PageSource>: Sendable {
   enum End: Sendable { case processGone, failed(Errno) }
 
   private struct State {
-    var threads: [ThreadBox] = []
+    /// Joins the threads that serve, or leaves the pool; `nil` while nobody serves.
+    var endServing: (@Sendable () -> Void)?
     var failures: [PageFailure] = []
     var failureCount = 0
     var end: End?
@@ -155,41 +156,52 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// Starts the fault threads. Waiters that an earlier handler left behind are woken
   /// and fault again.
   public func start() throws(PagerError) {
-    try lifecycle.withLock { _ throws(PagerError) in try startThreads() }
-  }
-
-  private func startThreads() throws(PagerError) {
-    if let error = endError { throw error }
-    let running = state.withLock { !$0.threads.isEmpty }
-    guard !running else { return }
-    stopSign.reset()
-    stopRequested.store(false, ordering: .releasing)
-    for index in 0..<options.faultThreads {
-      do {
-        let worker = try FaultWorkerBox(session: self, index: index)
-        let thread = try NamedThread(name: "fault\(index)") { worker.run() }
-        let box = ThreadBox(thread)
-        state.withLock { $0.threads.append(box) }
+    try begin { () throws(PagerError) in
+      var threads: [ThreadBox] = []
+      do throws(Errno) {
+        for index in 0..<options.faultThreads {
+          let worker = try FaultWorkerBox(session: self, index: index)
+          let thread = try NamedThread(name: "fault\(index)") { worker.run() }
+          threads.append(ThreadBox(thread))
+        }
       } catch {
-        stopThreads()
+        requestStop()
+        for thread in threads { thread.join() }
         throw PagerError(.resources, "no thread for serving faults", errno: error)
       }
+      let started = threads
+      return { for thread in started { thread.join() } }
     }
-    wakeAll()
   }
 
-  /// Stops serving and returns when all fault threads have ended. The regions stay
-  /// registered: whoever faults waits until `start` or `release`.
-  public func stop() { lifecycle.withLock { _ in stopThreads() } }
-
-  private func stopThreads() {
-    requestStop()
-    let threads = state.withLock { state in
-      defer { state.threads = [] }
-      return state.threads
+  /// Begins to serve if it does not yet.
+  ///
+  /// - Parameter serve: has faults served from here on, and returns what ends that once a stop
+  ///   was requested.
+  func begin(_ serve: () throws(PagerError) -> @Sendable () -> Void) throws(PagerError) {
+    try lifecycle.withLock { _ throws(PagerError) in
+      if let error = endError { throw error }
+      guard state.withLock({ $0.endServing == nil }) else { return }
+      stopSign.reset()
+      stopRequested.store(false, ordering: .releasing)
+      let endServing = try serve()
+      state.withLock { $0.endServing = endServing }
+      wakeAll()
     }
-    for thread in threads { thread.join() }
-    lane.stop(self)
+  }
+
+  /// Stops serving and returns when no thread serves any more. The regions stay
+  /// registered: whoever faults waits until `start` or `release`.
+  public func stop() {
+    lifecycle.withLock { _ in
+      requestStop()
+      let endServing = state.withLock { state in
+        defer { state.endServing = nil }
+        return state.endServing
+      }
+      endServing?()
+      lane.stop(self)
+    }
   }
 
   /// Stops, unregisters all regions and wakes everyone who still waits.

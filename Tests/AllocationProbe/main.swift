@@ -67,4 +67,5 @@ let allocations = callocation_count() - before
 session.release()
 var expected: UInt64 = 0
 for block in 0..<blocks where block % 8 != 7 { expected += UInt64(block) + 1 }
-print("faults=\(session.statistics.faults) allocations=\(allocations) right=\(sum == expected)")
+let deferred = session.statistics.deferredFaults
+print("deferred=\(deferred) faults=\(session.statistics.faults) allocations=\(allocations) right=\(sum == expected)")

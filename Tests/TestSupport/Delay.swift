@@ -7,7 +7,7 @@ package enum Delay {
   package static func microseconds(_ count: UInt32) { usleep(count) }
 
   /// Waits until a condition holds; `false` when it does not within the time.
-  package static func until(seconds: Double = 10, _ condition: () -> Bool) -> Bool {
+  package static func until(seconds: Double = 60, _ condition: () -> Bool) -> Bool {
     for _ in 0..<Int(seconds * 1000) {
       if condition() { return true }
       usleep(1000)

@@ -43,7 +43,7 @@ package final class ServedMemory: Sendable {
   package init(
     _ kind: MemoryCase, pages: Int, source: PatternSource = PatternSource(), threads: Int = 2,
     without features: UserfaultFeatures = [], faultAround: FaultAround = .adaptive,
-    start: Bool = true
+    pool: PagerPool? = nil, start: Bool = true
   ) throws {
     let memory = try GuestMemoryObject(
       backing: kind.backing, length: pages * kind.backing.pageSize.bytes)
@@ -56,7 +56,8 @@ package final class ServedMemory: Sendable {
     session = try PagerSession(
       userfaultfd: try Userfaultfd(wanting: wanted), regions: [region], source: source,
       options: options)
-    if start { try session.start() }
+    guard start else { return }
+    if let pool { try session.start(in: pool) } else { try session.start() }
   }
 
   deinit { session.release() }

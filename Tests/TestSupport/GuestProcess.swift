@@ -41,11 +41,13 @@ package final class GuestProcess: Sendable {
   deinit { kill() }
 
   /// A session over a duplicate of the descriptor; the page states are shared by all.
-  package func session(
-    _ source: PatternSource, watchesProcess: Bool = true, faultAround: FaultAround = .off
-  ) throws -> PagerSession<PatternSource> {
+  package func session<Source: PageSource>(
+    _ source: Source, watchesProcess: Bool = true, faultAround: FaultAround = .off,
+    onDamage: DamagePolicy = .poison
+  ) throws -> PagerSession<Source> {
     var options = PagerOptions()
     options.faultAround = faultAround
+    options.onDamage = onDamage
     let userfaultfd = try Userfaultfd(adopting: received.duplicate(), features: features)
     guard watchesProcess else {
       return try PagerSession(

@@ -95,3 +95,10 @@ package struct MemoryCase: Sendable, CustomStringConvertible {
   /// Pages for a test that wants about `count`: huge pages are scarce.
   package func pages(_ count: Int) -> Int { backing.pageSize == .size4KiB ? count : 4 }
 }
+
+/// Processor time of this process, in seconds.
+package func processorTime() -> Double {
+  var time = timespec()
+  unsafe clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time)
+  return Double(time.tv_sec) + Double(time.tv_nsec) / 1e9
+}

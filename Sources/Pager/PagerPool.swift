@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import LinuxSystem
+internal import Synchronization
+internal import SystemPackage
+internal import Userfault
+
+/// A few fault threads that serve any number of sessions (`PagerSession.start(in:)`).
+///
+/// All threads wait on one epoll instance. A session is reported to one of them, which reads and
+/// resolves what there is, at most one batch and one piece ahead of the guest, and has the
+/// session watched again: whoever was reported first is served first, so none goes ahead of the
+/// others (EPOLLONESHOT, epoll(7)). Sessions share no lock on this way, and an idle one costs
+/// nothing. No thread waits for a source: see `PageSource.readAtHand`.
+public final class PagerPool: Sendable {
+  let watch: PoolWatch
+  private let threads = Mutex<[PoolThread]>([])
+
+  /// Joins at the end.
+  private final class PoolThread: Sendable {
+    private let thread: Mutex<NamedThread?>
+    init(_ thread: consuming NamedThread) { self.thread = Mutex(thread) }
+    func join() {
+      let thread = self.thread.withLock { $0.take() }
+      if let thread { thread.join() }
+    }
+  }
+
+  /// Starts the threads, which are named `fault0`, `fault1`, ….
+  ///
+  /// - Parameters:
+  ///   - threads: as many as there are processors to spare for faults.
+  ///   - capacity: sessions at a time.
+  public init(threads count: Int = 2, capacity: Int = 1024) throws(PagerError) {
+    do {
+      watch = try PoolWatch(capacity: max(1, capacity))
+    } catch {
+      throw PagerError(.resources, "no descriptor for shared fault threads", errno: error)
+    }
+    for index in 0..<max(1, count) {
+      do throws(Errno) {
+        let box = ToolsBox(try PoolTools())
+        let thread = try NamedThread(name: "fault\(index)") { [watch] in
+          box.run { (tools: inout PoolTools) in watch.serve(&tools) }
+        }
+        let joined = PoolThread(thread)
+        threads.withLock { $0.append(joined) }
+      } catch {
+        stop()
+        throw PagerError(.resources, "no shared thread for serving faults", errno: error)
+      }
+    }
+  }
+
+  deinit { stop() }
+
+  /// Ends the threads. Sessions that are still there serve no more: stop them first.
+  public func stop() {
+    watch.stop()
+    let threads = threads.withLock { threads in
+      defer { threads = [] }
+      return threads
+    }
+    for thread in threads { thread.join() }
+  }
+
+  /// Sessions that are served.
+  public var sessionCount: Int { watch.sessionCount }
+}
+
+/// What a thread of a pool serves sessions with.
+struct PoolTools: ~Copyable {
+  var events = EventBuffer(capacity: 32)
+  private var bench: Workbench
+
+  init() throws(Errno) { bench = try Workbench(length: 256 << 10, waits: false) }
+
+  /// Makes the bench long enough for the pages of a session; once for each larger page size.
+  mutating func reserve(_ length: Int) throws(Errno) {
+    if bench.length < length { bench = try Workbench(length: length, waits: false) }
+  }
+
+  /// Gives both to a body.
+  mutating func use(_ body: (inout EventBuffer, borrowing Workbench) -> Void) {
+    body(&events, bench)
+  }
+}
+
+/// Carries tools to the thread that uses them.
+private final class ToolsBox: @unchecked Sendable {
+  // SAFETY: made by one thread, then used by the one thread of the pool only.
+  private var tools: PoolTools
+  init(_ tools: consuming PoolTools) { self.tools = tools }
+  func run(_ body: (inout PoolTools) -> Void) { body(&tools) }
+}

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import LinuxSystem
+internal import Synchronization
+internal import SystemPackage
+internal import Userfault
+
+/// A session that threads of a pool serve, one at a time.
+final class PooledSession<Source: PageSource>: PooledGuest {
+  private let session: PagerSession<Source>
+  /// `nil` once it has left. The lock is free unless it leaves in a turn.
+  private let server: Mutex<FaultServer<Source>?>
+
+  init(_ session: PagerSession<Source>) {
+    self.session = session
+    server = Mutex(FaultServer(session: session, index: 0))
+  }
+
+  var faultDescriptor: CInt { session.userfaultfd.descriptor.rawValue }
+  var processDescriptor: CInt { session.processDescriptor }
+
+  @specialized(where Source == ImageSource)
+  func turn(_ tools: inout PoolTools, isReadable: Bool) -> PooledTurn {
+    server.withLock { server in
+      guard server != nil, !session.isStopping else { return .left }
+      guard isReadable else {
+        // An error and nothing to read: not a userfaultfd that can be served.
+        session.end(.failed(.ioError))
+        return .left
+      }
+      do throws(Errno) {
+        try tools.reserve(session.benchLength)
+      } catch {
+        session.end(.failed(error))
+        return .left
+      }
+      var hasMore = false
+      tools.use { events, bench in
+        hasMore = server?.turn(&events, bench) ?? false
+      }
+      return session.isStopping ? .left : hasMore ? .hasMore : .waits
+    }
+  }
+
+  func processHasEnded() { session.end(.processGone) }
+
+  func leave() { server.withLock { $0 = nil } }
+}
+
+extension FaultServer {
+  /// One batch of events, or else one piece ahead of the guest.
+  ///
+  /// - Returns: whether there is more to fill ahead.
+  mutating func turn(_ events: inout EventBuffer, _ bench: borrowing Workbench) -> Bool {
+    readEvents(&events)
+    if hasFaults {
+      serve(&events, bench)
+    } else if hasAhead {
+      fillAhead(&events, bench)
+    }
+    return hasAhead
+  }
+}
+
+extension PagerSession {
+  /// Has the session served by threads that it shares with others, in place of threads of its
+  /// own; `PagerOptions.faultThreads` and `busyPollNanoseconds` do not count then.
+  ///
+  /// Otherwise as `start`. The pool must not end before the session is stopped, which takes it out of
+  /// the pool. Throws `resources` when the pool has no room.
+  public func start(in pool: PagerPool) throws(PagerError) {
+    try begin { () throws(PagerError) in
+      let guest = PooledSession(self)
+      let seat = try pool.watch.add(guest)
+      let watch = pool.watch
+      return { watch.remove(seat, guest) }
+    }
+  }
+}
