@@ -80,7 +80,8 @@ extension MemoryImage {
       let number = Int(entry) - 1
       let store = store(of: number)
       let room = min(blockCount - done, store.room(from: number))
-      let count = run(of: geometry, from: firstBlock + done, limit: room, waits: waits) { index, next in
+      let count = run(of: geometry, from: firstBlock + done, limit: room, waits: waits) {
+        index, next in
         Int(next) == number + 1 + index
       }
       // SAFETY: the caller vouches for room for all blocks.

@@ -68,4 +68,6 @@ session.release()
 var expected: UInt64 = 0
 for block in 0..<blocks where block % 8 != 7 { expected += UInt64(block) + 1 }
 let deferred = session.statistics.deferredFaults
-print("deferred=\(deferred) faults=\(session.statistics.faults) allocations=\(allocations) right=\(sum == expected)")
+print(
+  "deferred=\(deferred) faults=\(session.statistics.faults) allocations=\(allocations) right=\(sum == expected)"
+)
