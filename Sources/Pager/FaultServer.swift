@@ -37,17 +37,25 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   mutating func serve(_ events: inout EventBuffer, _ bench: borrowing Workbench) {
     var fruitless = 0
     while let entry = queue.popFirst() {
-      let window = window(for: entry.fault)
-      switch session.resolve(
-        entry.fault, window: window, bench: bench, counters: slot.counters)
-      {
+      var window = 1
+      let outcome: FaultOutcome
+      if let address = session.memory.original(of: entry.fault.address) {
+        var fault = entry.fault
+        fault.address = address
+        window = self.window(for: fault)
+        outcome = session.resolve(fault, window: window, bench: bench, counters: slot.counters)
+      } else {
+        outcome = session.refuse(entry.fault, slot.counters)
+      }
+      switch outcome {
       case .resolved:
         slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- entry.received)
         fruitless = 0
       case .deferred:
         session.lane.take(
           SourceLane<Source>.Job(
-            address: entry.fault.address, window: window, received: entry.received),
+            address: session.memory.original(of: entry.fault.address) ?? entry.fault.address,
+            window: window, received: entry.received),
           of: session)
         slot.counters.deferredFaults.add()
         fruitless = 0
@@ -58,7 +66,8 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
           queue.append(entry)
         } else {
           // Room for the event goes first; woken, the thread faults again.
-          try? session.userfaultfd.wake(session.page(of: entry.fault))
+          let start = HostAddress(entry.fault.address.rawValue & ~4095)
+          try? session.memory.userfaultfd.wake(HostRange(start: start, length: 4096))
         }
         fruitless += 1
         if fruitless > 64 { Pause.microseconds(50) } else { Pause.yield() }
@@ -108,7 +117,7 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   mutating func readEvents(_ events: inout EventBuffer) {
     received = session.gate.write {
       do throws(Errno) {
-        _ = try events.read(from: session.userfaultfd)
+        _ = try events.read(from: session.memory.userfaultfd)
       } catch {
         session.end(.failed(error))
       }
@@ -128,9 +137,12 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
         case .unmap(let range):
           slot.counters.unmapEvents.add()
           session.mark(range, as: .unmapped)
+        case .remap(let from, let to, let length):
+          slot.counters.remapEvents.add()
+          session.memory.move(from: from, to: to, length: length, regions: session.regions)
         case .fork(let child):
+          slot.counters.forkEvents.add()
           session.keep(child)
-          session.end(.failed(.notSupported))
         default:
           // Not asked for by `PagerSession.features`; another creator's descriptor may
           // send them, and serving on would put content at wrong addresses.

@@ -13,7 +13,7 @@ struct FaultWaiter: ~Copyable {
   private let poller: Poller?
 
   init<Source>(_ session: borrowing PagerSession<Source>) throws(Errno) {
-    let faults = session.userfaultfd.descriptor.rawValue
+    let faults = session.memory.userfaultfd.descriptor.rawValue
     let stop = session.stopSign.descriptor.rawValue
     set = PollSet(faults, stop, session.processDescriptor)
     guard session.options.faultThreads > 1 else {

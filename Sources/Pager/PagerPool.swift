@@ -14,17 +14,7 @@ internal import Userfault
 /// nothing. No thread waits for a source: see `PageSource.readAtHand`.
 public final class PagerPool: Sendable {
   let watch: PoolWatch
-  private let threads = Mutex<[PoolThread]>([])
-
-  /// Joins at the end.
-  private final class PoolThread: Sendable {
-    private let thread: Mutex<NamedThread?>
-    init(_ thread: consuming NamedThread) { self.thread = Mutex(thread) }
-    func join() {
-      let thread = self.thread.withLock { $0.take() }
-      if let thread { thread.join() }
-    }
-  }
+  private let threads = Mutex<[ThreadBox]>([])
 
   /// Starts the threads, which are named `fault0`, `fault1`, ….
   ///
@@ -43,7 +33,7 @@ public final class PagerPool: Sendable {
         let thread = try NamedThread(name: "fault\(index)") { [watch] in
           box.run { (tools: inout PoolTools) in watch.serve(&tools) }
         }
-        let joined = PoolThread(thread)
+        let joined = ThreadBox(thread)
         threads.withLock { $0.append(joined) }
       } catch {
         stop()

@@ -16,7 +16,7 @@ final class PooledSession<Source: PageSource>: PooledGuest {
     server = Mutex(FaultServer(session: session, index: 0))
   }
 
-  var faultDescriptor: CInt { session.userfaultfd.descriptor.rawValue }
+  var faultDescriptor: CInt { session.memory.userfaultfd.descriptor.rawValue }
   var processDescriptor: CInt { session.processDescriptor }
 
   @specialized(where Source == ImageSource)

@@ -68,7 +68,7 @@ extension PagerSession {
         }
         return install(.poison, page, region, bench, counters, expecting: .poisoned)
       case .unmapped:
-        try? userfaultfd.wake(region.range(of: page))
+        memory.wake(region.range(of: page))
         return .resolved
       }
     }
@@ -76,7 +76,9 @@ extension PagerSession {
 
   /// Marks what a remove or unmap event covers. The caller holds the gate alone.
   func mark(_ range: HostRange, as state: PageState) {
-    for region in regions { region.states.fill(region.pages(in: range), with: state) }
+    for range in memory.originals(of: range) {
+      for region in regions { region.states.fill(region.pages(in: range), with: state) }
+    }
   }
 
   // MARK: - Content
@@ -176,7 +178,7 @@ extension PagerSession {
           // Between the claim and now: removed → zeros; unmapped → whoever slept on the
           // page looks again, and finds no mapping.
           guard current == .removed else {
-            try? userfaultfd.wake(region.range(of: page))
+            memory.wake(region.range(of: page))
             return nil
           }
           fill = .zero
@@ -189,11 +191,11 @@ extension PagerSession {
           if fill != .poison { region.states.store(page, .present) }
         case .alreadyPresent:
           counters.alreadyPresent.add()
-          try? userfaultfd.wake(range)
+          memory.wake(range)
           if fill != .poison { region.states.store(page, .present) }
         case .notRegistered:
           region.states.store(page, .unmapped)
-          try? userfaultfd.wake(range)
+          memory.wake(range)
         case .mappingChanging, .partial:
           // Give the claim back: the fault is tried again from the start.
           _ = region.states.exchange(page, from: .filling, to: .absent)
@@ -243,14 +245,13 @@ extension PagerSession {
         // hugetlbfs has no ZEROPAGE.
         unsafe bench.pointer.initializeMemory(
           as: UInt8.self, repeating: 0, count: range.length)
-        return unsafe userfaultfd.copy(
-          from: bench.pointer, to: range.start, length: range.length)
+        return unsafe memory.copy(from: bench.pointer, to: range)
       }
-      return userfaultfd.zeropage(range)
+      return memory.zeropage(range)
     case .cached:
-      return userfaultfd.continue(range)
+      return memory.continue(range)
     case .poison:
-      return userfaultfd.poison(range)
+      return memory.poison(range)
     }
   }
 
@@ -261,7 +262,7 @@ extension PagerSession {
   ) -> Resolution {
     switch region.cache {
     case .none:
-      return unsafe userfaultfd.copy(from: bytes, to: range.start, length: range.length)
+      return unsafe memory.copy(from: bytes, to: range)
     case .some(let cache):
       do throws(Errno) {
         try unsafe cache.write(
@@ -270,7 +271,7 @@ extension PagerSession {
       } catch {
         return Resolution(bytesDone: 0, obstacle: .failed(error))
       }
-      return userfaultfd.continue(range)
+      return memory.continue(range)
     }
   }
 
@@ -304,7 +305,7 @@ extension PagerSession {
       return install(.zero, page, region, bench, counters, expecting: .removed)
     default:
       // Unmapped; or already poisoned, and recorded then.
-      try? userfaultfd.wake(region.range(of: page))
+      memory.wake(region.range(of: page))
       return .resolved
     }
     counters.failedPages.add()
@@ -314,7 +315,7 @@ extension PagerSession {
         pageSize: region.pageSize, isPoisoned: canPoison, reason: reason))
     guard canPoison else {
       // Whoever waits for it faults again: it is the touch that ends the guest, not the damage.
-      if options.onDamage == .stopVMM { try? userfaultfd.wake(region.range(of: page)) }
+      if options.onDamage == .stopVMM { memory.wake(region.range(of: page)) }
       return .resolved
     }
     return install(.poison, page, region, bench, counters, expecting: .poisoned)
@@ -322,17 +323,32 @@ extension PagerSession {
 
   /// A fault outside of all regions: the other side registered memory that it did not
   /// describe. There is no right content for it.
-  private func refuse(_ fault: PageFault, _ counters: borrowing WorkerCounters) -> FaultOutcome {
-    counters.failedPages.add()
+  ///
+  /// - Parameter fault: with the present address.
+  func refuse(_ fault: PageFault, _ counters: borrowing WorkerCounters) -> FaultOutcome {
     let page = HostRange(
       start: HostAddress(fault.address.rawValue & ~4095), length: PageSize.size4KiB.bytes)
-    stopGuestIfSo()
     var poisoned = false
-    if canPoison {
-      let resolution = gate.read { userfaultfd.poison(page) }
-      if resolution.obstacle == .mappingChanging { return .retry }
-      poisoned = resolution.obstacle == nil
+    // What is not registered any more was moved or unmapped since: whoever waits looks again.
+    let probe = gate.read {
+      canPoison
+        ? memory.userfaultfd.poison(page)
+        : memory.userfaultfd.hasAddressSpace
+          ? Resolution(bytesDone: 0, obstacle: .absent)
+          : Resolution(bytesDone: 0, obstacle: .processGone)
     }
+    switch probe.obstacle {
+    case .mappingChanging: return .retry
+    case .notRegistered:
+      try? memory.userfaultfd.wake(page)
+      return .resolved
+    case .processGone:
+      end(.processGone)
+      return .ended
+    case nil: poisoned = true
+    default: stopGuestIfSo()
+    }
+    counters.failedPages.add()
     record(
       PageFailure(
         guestAddress: GuestAddress(fault.address.rawValue), pageSize: .size4KiB,

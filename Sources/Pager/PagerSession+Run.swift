@@ -78,7 +78,7 @@ extension PagerSession {
       // SAFETY: the bench holds at least `length` pages from `first` on.
       let resolution =
         run.isZero
-        ? userfaultfd.zeropage(range)
+        ? memory.zeropage(range)
         : unsafe fillRange(from: bench.pointer, range, first, region)
       let done = resolution.bytesDone / region.pageSize.bytes
       region.states.fill(first..<(first + done), with: .present)
@@ -96,7 +96,7 @@ extension PagerSession {
   func giveBack(_ region: PagedRegion, _ pages: Range<Int>) {
     guard !pages.isEmpty else { return }
     for page in pages { _ = region.states.exchange(page, from: .filling, to: .absent) }
-    try? userfaultfd.wake(region.range(of: pages.lowerBound, count: pages.count))
+    memory.wake(region.range(of: pages.lowerBound, count: pages.count))
   }
 
   // MARK: - Fault-around

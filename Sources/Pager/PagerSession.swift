@@ -24,7 +24,7 @@ public import Userfault
 ///   happens outside of the gate. Others drop their faults on it: those waiters queued
 ///   up before the resolution, which wakes them.
 public final class PagerSession<Source: PageSource>: Sendable {
-  let userfaultfd: Userfaultfd
+  let memory: WatchedMemory
   let regions: [PagedRegion]
   let source: Source
   let options: PagerOptions
@@ -50,23 +50,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
     var failures: [PageFailure] = []
     var failureCount = 0
     var end: End?
-    /// Userfaultfds of forked children: closing one would turn the child's absent
-    /// pages into zeros.
-    var children: [ChildBox] = []
-  }
-
-  final class ChildBox: Sendable {
-    let descriptor: OwnedDescriptor
-    init(_ descriptor: consuming OwnedDescriptor) { self.descriptor = descriptor }
-  }
-
-  final class ThreadBox: Sendable {
-    private let thread: Mutex<NamedThread?>
-    init(_ thread: consuming NamedThread) { self.thread = Mutex(thread) }
-    func join() {
-      let thread = self.thread.withLock { $0.take() }
-      if let thread { thread.join() }
-    }
+    var children: [ForkedChild] = []
   }
 
   final class WorkerSlot: Sendable { let counters = WorkerCounters() }
@@ -111,7 +95,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
     var options = options
     if options.records { options.faultAround = .off }
     canPoison = userfaultfd.features.contains(.poison) && options.onDamage == .poison
-    self.userfaultfd = userfaultfd
+    memory = WatchedMemory(userfaultfd)
     self.regions = regions.sorted { $0.host.start < $1.host.start }
     self.source = source
     self.options = options
@@ -130,7 +114,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
       [],
       [
         .missingShmem, .missingHugetlbfs, .minorShmem, .minorHugetlbfs, .removeEvents,
-        .unmapEvents, .poison,
+        .unmapEvents, .remapEvents, .poison,
       ]
     )
   }
@@ -201,6 +185,11 @@ public final class PagerSession<Source: PageSource>: Sendable {
       }
       endServing?()
       lane.stop(self)
+      let children = state.withLock { state in
+        defer { state.children = [] }
+        return state.children
+      }
+      for child in children { child.stop() }
     }
   }
 
@@ -212,7 +201,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
     stop()
     for region in regions {
       // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
-      try? userfaultfd.unregister(region.host)
+      memory.unregister(region.host)
     }
   }
 
@@ -226,7 +215,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
 
   /// Wakes all waiters; those whose page is not there fault again.
   func wakeAll() {
-    for region in regions { try? userfaultfd.wake(region.host) }
+    for region in regions { memory.wake(region.host) }
   }
 
   // MARK: - What others see
@@ -261,10 +250,19 @@ public final class PagerSession<Source: PageSource>: Sendable {
     if isFirst, let error = endError { options.onEnd?(error) }
   }
 
-  /// Keeps a forked child's userfaultfd open.
+  /// Answers the faults of a forked child from here on.
   func keep(_ child: consuming OwnedDescriptor) {
-    let box = ChildBox(child)
-    state.withLock { $0.children.append(box) }
+    do throws(Errno) {
+      let child = try ForkedChild(child, features: memory.userfaultfd.features)
+      try child.start()
+      state.withLock { state in
+        state.children.removeAll { $0.hasEnded }
+        state.children.append(child)
+      }
+    } catch {
+      // The descriptor is closed, and the child's absent pages are zeros: it must not go on.
+      end(.failed(error))
+    }
   }
 
   func record(_ failure: PageFailure) {
@@ -281,14 +279,6 @@ public final class PagerSession<Source: PageSource>: Sendable {
     case .none: -1
     case .some(let descriptor): descriptor.rawValue
     }
-  }
-
-  /// The page that a fault is about, as a range of addresses.
-  func page(of fault: PageFault) -> HostRange {
-    guard let region = region(at: fault.address) else {
-      return HostRange(start: HostAddress(fault.address.rawValue & ~4095), length: 4096)
-    }
-    return region.range(of: region.page(of: fault.address))
   }
 
   /// The region that holds an address.

@@ -30,6 +30,10 @@ public struct PagerStatistics: Sendable {
   public var removeEvents: UInt64 = 0
   /// Unmap events (munmap).
   public var unmapEvents: UInt64 = 0
+  /// Ranges that the guest's process moved (mremap).
+  public var remapEvents: UInt64 = 0
+  /// Children that it forked.
+  public var forkEvents: UInt64 = 0
   /// Pages without right content.
   public var failedPages: UInt64 = 0
   /// Pages that came along with a fault on another one, or ahead of the guest.
@@ -58,6 +62,8 @@ struct WorkerCounters: ~Copyable, Sendable {
   let retries = Atomic<UInt64>(0)
   let removeEvents = Atomic<UInt64>(0)
   let unmapEvents = Atomic<UInt64>(0)
+  let remapEvents = Atomic<UInt64>(0)
+  let forkEvents = Atomic<UInt64>(0)
   let failedPages = Atomic<UInt64>(0)
   let populatedPages = Atomic<UInt64>(0)
   let broughtAlong = Atomic<UInt64>(0)
@@ -77,6 +83,8 @@ struct WorkerCounters: ~Copyable, Sendable {
     total.retries += retries.load(ordering: .relaxed)
     total.removeEvents += removeEvents.load(ordering: .relaxed)
     total.unmapEvents += unmapEvents.load(ordering: .relaxed)
+    total.remapEvents += remapEvents.load(ordering: .relaxed)
+    total.forkEvents += forkEvents.load(ordering: .relaxed)
     total.failedPages += failedPages.load(ordering: .relaxed)
     total.broughtAlong += broughtAlong.load(ordering: .relaxed)
     total.populatedPages += populatedPages.load(ordering: .relaxed)

@@ -263,7 +263,7 @@ extension PagerSession {
     for region in regions {
       for page in 0..<region.pageCount
       where region.states.exchange(page, from: .poisoned, to: .absent) {
-        try? userfaultfd.wake(region.range(of: page))
+        memory.wake(region.range(of: page))
       }
     }
   }

@@ -116,7 +116,7 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
     }
     region.states.store(page, .present)
     // Whoever waits for it in a userfault faults again, and finds it.
-    try? session.userfaultfd.wake(range)
+    session.memory.wake(range)
     return nil
   }
 }

@@ -54,3 +54,28 @@ extension Userfaultfd {
     return nil
   }
 }
+
+extension Userfaultfd {
+  /// Whether the process whose memory it watches still has that memory. A userfaultfd says so
+  /// by no event.
+  public var hasAddressSpace: Bool {
+    // Nothing is mapped there: refused with EINVAL, but ENOMEM comes first when the address
+    // space is gone (mm/userfaultfd.c, userfaultfd_register).
+    let nowhere = HostRange(start: HostAddress(Self.topmostPage), length: 4096)
+    do throws(Errno) {
+      try register(nowhere, modes: .missing)
+      return true
+    } catch {
+      return error != .noMemory
+    }
+  }
+
+  /// The last page below the end of a process's address space, where nothing can be mapped.
+  private static var topmostPage: UInt64 {
+    #if arch(arm64)
+      0x0000_FFFF_FFFF_F000
+    #else
+      0x0000_7FFF_FFFF_E000
+    #endif
+  }
+}

@@ -108,3 +108,22 @@ long ctest_send_descriptor_copies(int socket, const void *bytes, size_t length, 
   }
   return sendmsg(socket, &message, MSG_NOSIGNAL);
 }
+
+int ctest_fork_and_load(uintptr_t address, uint64_t *value) {
+  struct answer {
+    int code;
+    uint64_t value;
+  } *answer = mmap(NULL, sizeof *answer, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (answer == MAP_FAILED) return -1;
+  answer->code = -1;
+  pid_t child = (pid_t)syscall(SYS_fork);
+  if (child == 0) {
+    answer->code = ctest_guarded_load(address, &answer->value);
+    _exit(0);
+  }
+  if (child > 0) waitpid(child, NULL, 0);
+  const int code = answer->code;
+  *value = answer->value;
+  munmap(answer, sizeof *answer);
+  return code;
+}

@@ -104,7 +104,7 @@ extension PagerSession {
   /// Reads a batch of events and forgets them; `true` when there was a fault.
   func dropOneFault() -> Bool {
     var events = EventBuffer()
-    guard let count = try? events.read(from: userfaultfd), count > 0 else { return false }
+    guard let count = try? events.read(from: memory.userfaultfd), count > 0 else { return false }
     while events.pop() != nil {}
     return true
   }

@@ -12,6 +12,10 @@
 /// for it, or -1.
 int ctest_fork_and_wait(void);
 
+/// Forks, and reads 8 bytes at an address in the child. Returns 0, the si_code of the SIGBUS
+/// that the access raised there, or -1.
+int ctest_fork_and_load(uintptr_t address, uint64_t *value);
+
 /// Reads 8 bytes at an address. Returns 0, or the si_code of the SIGBUS that the access
 /// raised. Safe in several threads at once.
 int ctest_guarded_load(uintptr_t address, uint64_t *value);
