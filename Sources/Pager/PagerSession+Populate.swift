@@ -23,13 +23,17 @@ extension PagerSession {
   public func populate(
     progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(PagerError) {
-    let pieces = regions.flatMap { region in
-      let pages = max(1, Self.chunkLength / region.pageSize.bytes)
+    try fill(allPieces(length: Self.chunkLength), isReplay: false, progress: progress)
+  }
+
+  /// All pages in pieces of so many bytes, or of a page.
+  func allPieces(length: Int) -> [FillPiece] {
+    regions.flatMap { region in
+      let pages = max(1, length / region.pageSize.bytes)
       return stride(from: 0, to: region.pageCount, by: pages).map { first in
         FillPiece(region: region, pages: first..<min(first + pages, region.pageCount))
       }
     }
-    try fill(pieces, isReplay: false, progress: progress)
   }
 
   /// Pages of one region that one thread fills.
@@ -79,7 +83,7 @@ extension PagerSession {
     }
   }
 
-  private func populate(
+  func populate(
     _ region: PagedRegion, _ pages: Range<Int>, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, isReplay: Bool
   ) {

@@ -41,6 +41,11 @@ extension PagerSession {
   public func replay(
     _ runs: [WorkingSetRun], progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(PagerError) {
+    try fill(pieces(of: runs), isReplay: true, progress: progress)
+  }
+
+  /// The pages of a working set that the session has, in its order.
+  func pieces(of runs: [WorkingSetRun]) -> [FillPiece] {
     var pieces: [FillPiece] = []
     for run in runs {
       let wanted = run.firstBlock * 4096..<(run.firstBlock + run.blockCount) * 4096
@@ -58,7 +63,7 @@ extension PagerSession {
         }
       }
     }
-    try fill(pieces, isReplay: true, progress: progress)
+    return pieces
   }
 
   /// Bytes that one thread brings before the next one goes on behind it.

@@ -33,6 +33,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
 
   let gate = ReadWriteLock()
   let lane: SourceLane<Source>
+  let background = BackgroundFill()
   let stopSign: EventDescriptor
   private let stopRequested = Atomic<Bool>(false)
   let counters: [WorkerSlot]
@@ -103,7 +104,8 @@ public final class PagerSession<Source: PageSource>: Sendable {
     let threads = options.faultThreads + options.populateThreads + options.stageTwoThreads
     lane = SourceLane(
       threads: options.sourceThreads, timeout: options.sourceTimeout, firstCounters: threads)
-    counters = (0..<(threads + options.sourceThreads + 1)).map { _ in WorkerSlot() }
+    // And the lane's watch, and the filling in the background.
+    counters = (0..<(threads + options.sourceThreads + 2)).map { _ in WorkerSlot() }
   }
 
   deinit { stop() }
@@ -185,6 +187,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
       }
       endServing?()
       lane.stop(self)
+      background.stop(patience: options.sourceTimeout)
       let children = state.withLock { state in
         defer { state.children = [] }
         return state.children
