@@ -55,6 +55,8 @@ let package = Package(
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.8.2"),
     .package(url: "https://github.com/apple/swift-system", from: "1.8.1"),
     .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
+    .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
+    .package(url: "https://github.com/swhitty/FlyingFox", from: "0.27.1"),
   ],
   targets: [
     // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer.
@@ -85,6 +87,15 @@ let package = Package(
       name: "DaemonConfiguration",
       dependencies: [
         "LinuxSystem", systemPackage, .product(name: "Yams", package: "Yams"),
+      ],
+      swiftSettings: swiftSettings),
+    .target(
+      name: "FaultlineDaemon",
+      dependencies: [
+        "DaemonConfiguration", "VMMAdapters", "HandoverProtocol", "Pager", "MemoryImage",
+        "Userfault", "LinuxSystem", "CLinux", systemPackage,
+        .product(name: "Logging", package: "swift-log"),
+        .product(name: "FlyingFox", package: "FlyingFox"),
       ],
       swiftSettings: swiftSettings),
     library(
@@ -123,7 +134,7 @@ let package = Package(
       dependencies: [
         "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport", "MemoryImage",
         "GuestMemory", "Userfault", "KVM", "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel",
-        "ModelCheck", systemPackage,
+        "ModelCheck", "FaultlineDaemon", "DaemonConfiguration", systemPackage,
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],
       swiftSettings: swiftSettings),
@@ -133,7 +144,8 @@ let package = Package(
     .target(
       name: "TestSupport",
       dependencies: [
-        "CTestSupport", "Pager", "GuestMemory", "Userfault", "LinuxSystem", systemPackage,
+        "CTestSupport", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem",
+        systemPackage,
       ],
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
@@ -162,6 +174,12 @@ let package = Package(
         "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport", "fake-firecracker",
       ]),
     tests("DaemonConfigurationTests", ["DaemonConfiguration"]),
+    tests(
+      "DaemonTests",
+      [
+        "faultline", "FaultlineDaemon", "HandoverClient", "HandoverProtocol", "Pager",
+        "MemoryImage", "Userfault", "LinuxSystem", "CTestSupport", "fake-firecracker",
+      ]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(
       "PagerTests",

@@ -33,7 +33,7 @@ extension DaemonConfiguration {
     let sessionKeys = SessionConfiguration.keys
     let values = try root.values(
       allowed: [
-        "listen", "control-socket", "metrics", "cache-directory", "cache-size", "log-level",
+        "listen", "control-socket", "metrics", "fault-threads", "drain-timeout", "log-level",
         "log-format",
       ] + sessionKeys)
     let defaults = try SessionConfiguration().changed(by: values)
@@ -54,15 +54,9 @@ extension DaemonConfiguration {
     metricsAddress = try values["metrics"]?.value(
       "HOST:PORT, such as 127.0.0.1:9090 or [::1]:9090"
     ) { NetworkAddress($0) }
-    if let directory = try values["cache-directory"]?.path() {
-      cache = CacheConfiguration(directory: directory)
-    }
-    if let size = values["cache-size"] {
-      guard cache != nil else {
-        throw size.error(.missingKey, "cache-size needs a cache-directory")
-      }
-      cache?.size = try size.bytes(1 << 20...1 << 50)
-    }
+    faultThreads = try values["fault-threads"]?.number(1...64) ?? faultThreads
+    drainTimeoutMilliseconds =
+      try values["drain-timeout"]?.milliseconds(100...86_400_000) ?? drainTimeoutMilliseconds
     logLevel = try values["log-level"]?.word() ?? logLevel
     logFormat = try values["log-format"]?.word() ?? logFormat
   }
@@ -155,11 +149,10 @@ extension ListenConfiguration {
 }
 
 extension SessionConfiguration {
-  static let keys = ["fault-threads", "fill-rate", "record", "source-timeout", "on-damage"]
+  static let keys = ["fill-rate", "record", "source-timeout", "on-damage"]
 
   func changed(by values: ConfigurationValues) throws(ConfigurationError) -> Self {
     var result = self
-    result.faultThreads = try values["fault-threads"]?.number(1...64) ?? faultThreads
     result.fillRate = try values["fill-rate"]?.bytes(0...1 << 40) ?? fillRate
     result.record = try values["record"]?.flag() ?? record
     result.sourceTimeoutMilliseconds =

@@ -11,8 +11,10 @@ public struct DaemonConfiguration: Sendable, Hashable {
   public var controlSocket: String?
   /// Where metrics are offered by HTTP; `nil`: nowhere.
   public var metricsAddress: NetworkAddress?
-  /// The cache of images from elsewhere; `nil` for none.
-  public var cache: CacheConfiguration?
+  /// Threads that serve the faults of all sessions, 1 to 64.
+  public var faultThreads = 2
+  /// How long a stop waits for sessions to be filled, in milliseconds.
+  public var drainTimeoutMilliseconds = 60_000
   /// Which messages are logged.
   public var logLevel: LogLevel
   /// How a message looks.
@@ -21,13 +23,12 @@ public struct DaemonConfiguration: Sendable, Hashable {
   /// A configuration; what is not given is off, and as in docs/configuration.md.
   public init(
     listen: [ListenConfiguration], controlSocket: String? = nil,
-    metricsAddress: NetworkAddress? = nil, cache: CacheConfiguration? = nil,
-    logLevel: LogLevel = .info, logFormat: LogFormat = .text
+    metricsAddress: NetworkAddress? = nil, logLevel: LogLevel = .info,
+    logFormat: LogFormat = .text
   ) {
     self.listen = listen
     self.controlSocket = controlSocket
     self.metricsAddress = metricsAddress
-    self.cache = cache
     self.logLevel = logLevel
     self.logFormat = logFormat
   }
@@ -65,8 +66,6 @@ public struct ListenConfiguration: Sendable, Hashable {
 
 /// How sessions are served.
 public struct SessionConfiguration: Sendable, Hashable {
-  /// Threads of a session that serve faults, 1 to 64.
-  public var faultThreads = 1
   /// Bytes per second and session that are filled in the background; 0 for none.
   public var fillRate = 0
   /// Whether to record which pages are touched first.
@@ -74,24 +73,10 @@ public struct SessionConfiguration: Sendable, Hashable {
   /// How long a read of the source may take, in milliseconds.
   public var sourceTimeoutMilliseconds = 30_000
   /// What to do about a page that has no right content.
-  public var onDamage = DamagePolicy.poison
+  public var onDamage = DamageResponse.poison
 
   /// The defaults.
   public init() {}
-}
-
-/// Images from elsewhere that are kept on this machine.
-public struct CacheConfiguration: Sendable, Hashable {
-  /// Where they are kept; absolute.
-  public var directory: String
-  /// Bytes that they may take.
-  public var size: Int
-
-  /// A cache of some bytes.
-  public init(directory: String, size: Int = 10 << 30) {
-    self.directory = directory
-    self.size = size
-  }
 }
 
 /// What VMMs speak on a socket.
@@ -103,7 +88,7 @@ public enum HandoverKind: String, Sendable, CaseIterable {
 }
 
 /// What to do about a page that has no right content.
-public enum DamagePolicy: String, Sendable, CaseIterable {
+public enum DamageResponse: String, Sendable, CaseIterable {
   /// The page stays absent, and who touches it waits: an operator decides.
   case wait
   /// The VMM is ended.

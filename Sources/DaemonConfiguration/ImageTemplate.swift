@@ -60,6 +60,11 @@ public struct ImageTemplate: Sendable, Hashable, CustomStringConvertible {
   /// Whether the image depends on what a VMM says in docs/handover.md.
   public var asksTheVMM: Bool { parts.contains(.image) || parts.contains(.name) }
 
+  /// The path, where it is the same for every VMM.
+  public var fixedPath: String? {
+    if case .text(let text) = parts.first, parts.count == 1 { text } else { nil }
+  }
+
   /// The path for a VMM; `nil` when it did not say what the template needs, or said
   /// something that is no plain file name.
   public func path(for values: Values) -> String? {

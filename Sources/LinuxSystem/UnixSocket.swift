@@ -102,6 +102,9 @@ public struct UnixListener: ~Copyable, Sendable {
     descriptor = socket
   }
 
+  /// Takes over a socket that listens already, such as one of systemd's.
+  public init(owning descriptor: consuming OwnedDescriptor) { self.descriptor = descriptor }
+
   /// Waits for the next connection.
   public borrowing func accept() throws(Errno) -> UnixSocket {
     let listener = descriptor.rawValue

@@ -67,6 +67,23 @@ public struct LatencyHistogram: Sendable {
     counts[AtomicHistogram.bucket(of: nanoseconds)] += 1
   }
 
+  /// How many durations lie below one, in nanoseconds, within 1/16.
+  public func count(below nanoseconds: UInt64) -> UInt64 {
+    counts[..<AtomicHistogram.bucket(of: nanoseconds)].reduce(0, +)
+  }
+
+  /// The sum of all durations, in nanoseconds, within 1/16.
+  public var sum: UInt64 {
+    counts.enumerated().reduce(0) { sum, entry in
+      sum + entry.element * AtomicHistogram.lowerBound(of: entry.offset)
+    }
+  }
+
+  /// Adds the durations of another histogram.
+  public mutating func add(_ other: LatencyHistogram) {
+    for (index, count) in other.counts.enumerated() { counts[index] += count }
+  }
+
   /// The duration below which the given part (0…1) of all lies, in nanoseconds, within
   /// 1/16; `nil` when nothing was recorded.
   public func quantile(_ part: Double) -> UInt64? {

@@ -41,6 +41,8 @@ public struct PagerError: Error, Sendable, CustomStringConvertible {
 public struct PageFailure: Sendable, CustomStringConvertible {
   /// Where the guest has it.
   public let guestAddress: GuestAddress
+  /// Where it lies in the process that is served, or lay before it was moved.
+  public let hostAddress: HostAddress
   /// Bytes.
   public let pageSize: PageSize
   /// Whether the page raises SIGBUS or a memory fault now. If not, its waiters wait:

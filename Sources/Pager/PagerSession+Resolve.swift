@@ -312,6 +312,7 @@ extension PagerSession {
     record(
       PageFailure(
         guestAddress: region.guestAddress.advanced(by: page * region.pageSize.bytes),
+        hostAddress: region.range(of: page).start,
         pageSize: region.pageSize, isPoisoned: canPoison, reason: reason))
     guard canPoison else {
       // Whoever waits for it faults again: it is the touch that ends the guest, not the damage.
@@ -351,7 +352,8 @@ extension PagerSession {
     counters.failedPages.add()
     record(
       PageFailure(
-        guestAddress: GuestAddress(fault.address.rawValue), pageSize: .size4KiB,
+        guestAddress: GuestAddress(fault.address.rawValue), hostAddress: page.start,
+        pageSize: .size4KiB,
         isPoisoned: poisoned, reason: "host address \(page.start) lies in no region"))
     return .resolved
   }

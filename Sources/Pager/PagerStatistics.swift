@@ -43,6 +43,32 @@ public struct PagerStatistics: Sendable {
   /// From reading a fault to having resolved it.
   public var serviceTime = LatencyHistogram()
 
+  /// Nothing yet.
+  public init() {}
+
+  /// Adds what another session has done.
+  public mutating func add(_ other: PagerStatistics) {
+    missingFaults += other.missingFaults
+    minorFaults += other.minorFaults
+    stageTwoFaults += other.stageTwoFaults
+    copiedPages += other.copiedPages
+    continuedPages += other.continuedPages
+    writtenPages += other.writtenPages
+    zeroPages += other.zeroPages
+    coalescedFaults += other.coalescedFaults
+    deferredFaults += other.deferredFaults
+    alreadyPresent += other.alreadyPresent
+    retries += other.retries
+    removeEvents += other.removeEvents
+    unmapEvents += other.unmapEvents
+    remapEvents += other.remapEvents
+    forkEvents += other.forkEvents
+    failedPages += other.failedPages
+    broughtAlong += other.broughtAlong
+    populatedPages += other.populatedPages
+    serviceTime.add(other.serviceTime)
+  }
+
   /// All page faults.
   public var faults: UInt64 { missingFaults + minorFaults + stageTwoFaults }
 }

@@ -54,7 +54,7 @@ public struct HandoverError: Error, Sendable {
     public static let inputOutput = Self(.inputOutput)
 
     /// The code in docs/handover.md.
-    var name: String { kind.rawValue }
+    public var name: String { kind.rawValue }
   }
 
   /// The kind of failure.

@@ -86,10 +86,7 @@ private let badTexts: [BadText] = [
   BadText(more: "metrics: 9090", 10, .invalidValue, "HOST:PORT"),
   BadText(more: "metrics: localhost:99999", 10, .invalidValue, "HOST:PORT"),
   BadText(more: "metrics: ::1:9090", 10, .invalidValue, "HOST:PORT"),
-  BadText(more: "cache-size: 1G", 13, .missingKey, "cache-directory"),
-  BadText(
-    "a small cache", minimal + "cache-directory: /x\ncache-size: 1", "5:13", .invalidValue,
-    "cache-size"),
+  BadText(more: "drain-timeout: 1ms", 16, .invalidValue, "100ms"),
   BadText(more: "log-level: loud", 12, .invalidValue, "trace, debug, info, warning or error"),
   BadText(more: "log-format: xml", 13, .invalidValue, "text or json"),
   BadText(socket: "mode: 0888", 7, .invalidValue, "octal"),
@@ -128,9 +125,8 @@ struct ConfigurationTests {
     common.fillRate = 256 << 20
     common.record = true
     var second = common
-    second.faultThreads = 2
     second.onDamage = .stopVMM
-    let expected = DaemonConfiguration(
+    var expected = DaemonConfiguration(
       listen: [
         ListenConfiguration(
           socket: "/run/faultline/firecracker.sock",
@@ -142,17 +138,18 @@ struct ConfigurationTests {
           sessions: second),
       ],
       controlSocket: "/run/faultline/control.sock",
-      metricsAddress: NetworkAddress(host: "127.0.0.1", port: 9090),
-      cache: CacheConfiguration(directory: "/var/cache/faultline", size: 20 << 30))
+      metricsAddress: NetworkAddress(host: "127.0.0.1", port: 9090))
+    expected.faultThreads = 4
+    expected.drainTimeoutMilliseconds = 300_000
     #expect(configuration == expected)
 
     // What the tables say of defaults.
     let plain = try DaemonConfiguration(yaml: minimal, file: "minimal")
     #expect(plain.listen[0].mode == 0o600 && plain.listen[0].allowedUsers == nil)
     #expect(plain.listen[0].sessions == SessionConfiguration())
-    #expect(plain.controlSocket == nil && plain.metricsAddress == nil && plain.cache == nil)
+    #expect(plain.controlSocket == nil && plain.metricsAddress == nil)
+    #expect(plain.faultThreads == 2 && plain.drainTimeoutMilliseconds == 60_000)
     #expect(SessionConfiguration().sourceTimeoutMilliseconds == 30_000)
-    #expect(CacheConfiguration(directory: "/x").size == 10 << 30)
   }
 
   @Test("Each key of the tables exists, and no other")
@@ -175,7 +172,7 @@ struct ConfigurationTests {
       (ofFile + ", " + ofSocket).split(separator: ": ").flatMap { part in
         part.split(separator: ", ").map { String($0.prefix { $0 != ":" }) }
       })
-    #expect(Set(keys).count == 17)
+    #expect(Set(keys).count == 16)
     for key in keys { #expect(known.contains(key), "\(key)") }
   }
 

@@ -10,35 +10,6 @@ import Userfault
 
 @testable import VMMAdapters
 
-/// An image whose regions, one after the other, hold what `PatternSource` says.
-func makePatternImage(_ path: String, regions: [ImageRegion]) throws -> MemoryImage {
-  let writer = try ImageWriter(path: FilePath(path), regions: regions)
-  var block = 0
-  for (number, region) in regions.enumerated() {
-    for index in 0..<region.blockCount {
-      let words = [UInt64](
-        repeating: PatternSource.word(block: block + index, seed: 7), count: 512)
-      try unsafe words.withUnsafeBytes { bytes in
-        try unsafe writer.blocks.write(region: number, firstBlock: index, bytes: bytes)
-      }
-    }
-    block += region.blockCount
-  }
-  try writer.finish()
-  return try MemoryImage(path: FilePath(path))
-}
-
-/// Regions of some numbers of 4 KiB blocks, with gaps in guest memory.
-func imageRegions(_ blocks: [Int], pageSize: PageSize = .size4KiB) -> [ImageRegion] {
-  var address: UInt64 = 0
-  return blocks.enumerated().map { number, count in
-    defer { address += UInt64(count * 4096) + (64 << 20) }
-    return ImageRegion(
-      name: "ram\(number)", guestAddress: GuestAddress(address), length: count * 4096,
-      pageSize: pageSize)
-  }
-}
-
 /// A session over what was handed over.
 func makeSession(
   _ ranges: [ContentRange], _ image: MemoryImage, userfaultfd: consuming Userfaultfd,

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import DaemonConfiguration
+internal import Foundation
+internal import LinuxSystem
+internal import Logging
+internal import MemoryImage
+internal import Pager
+internal import Synchronization
+internal import SystemPackage
+internal import Userfault
+internal import VMMAdapters
+
+/// Makes sessions of VMMs that hand over.
+final class Attachment: Sendable {
+  private let registry: SessionRegistry
+  private let images: ImageRegistry
+  private let supervisor: Supervisor
+  private let pool: PagerPool
+  private let log: Logger
+
+  init(
+    _ registry: SessionRegistry, _ images: ImageRegistry, _ supervisor: Supervisor,
+    _ pool: PagerPool, log: Logger
+  ) {
+    self.registry = registry
+    self.images = images
+    self.supervisor = supervisor
+    self.pool = pool
+    self.log = log
+  }
+
+  /// Receives what one VMM hands over, and begins to serve it, or says why not.
+  func handle(
+    _ socket: consuming UnixSocket, stopSign: CInt, _ configuration: ListenConfiguration
+  ) {
+    let connection = HandoverConnection(socket)
+    do throws(HandoverError) {
+      switch configuration.handover {
+      case .firecracker: try attachFirecracker(connection, stopSign, configuration)
+      case .faultline: try attachFaultline(connection, stopSign, configuration)
+      }
+      registry.noteHandover("accepted")
+    } catch {
+      registry.noteHandover(error.code.name)
+      log.warning("\(error)", metadata: ["socket": "\(configuration.socket)"])
+    }
+  }
+
+  // MARK: - The two protocols
+
+  private func attachFirecracker(
+    _ connection: HandoverConnection, _ stopSign: CInt, _ configuration: ListenConfiguration
+  ) throws(HandoverError) {
+    let handover = try FirecrackerHandover.receive(
+      on: connection.socket, allowedUsers: configuration.allowedUsers, stopSign: stopSign)
+    let identity = GuestIdentity(name: nil, handover: .firecracker, peer: handover.peer)
+    let regions = handover.regions
+    let image = try image(for: identity, asking: nil, configuration)
+    try serve(
+      Guest(
+        identity: identity, image: image, regions: regions, connection: nil,
+        // Firecracker keeps its end open and says nothing more; so is ours.
+        kept: connection),
+      handover.userfaultfd, handover.process, configuration.sessions)
+  }
+
+  private func attachFaultline(
+    _ connection: HandoverConnection, _ stopSign: CInt, _ configuration: ListenConfiguration
+  ) throws(HandoverError) {
+    let request = try connection.receive(
+      allowedUsers: configuration.allowedUsers, stopSign: stopSign)
+    do throws(HandoverError) {
+      let identity = GuestIdentity(
+        name: request.name, handover: .faultline, peer: request.peer)
+      var sessions = configuration.sessions
+      sessions.record = request.record ?? sessions.record
+      sessions.fillRate = request.fillRate ?? sessions.fillRate
+      let image = try image(for: identity, asking: request.image, configuration)
+      let regions = request.regions
+      try serve(
+        Guest(
+          identity: identity, image: image, regions: regions, connection: connection,
+          kept: connection),
+        request.userfaultfd, request.process, sessions)
+    } catch {
+      connection.refuse(error)
+      throw error
+    }
+  }
+
+  // MARK: - Steps
+
+  private struct Guest {
+    let identity: GuestIdentity
+    let image: MemoryImage
+    let regions: [HandedRegion]
+    let connection: HandoverConnection?
+    let kept: HandoverConnection
+  }
+
+  private func image(
+    for identity: GuestIdentity, asking name: String?, _ configuration: ListenConfiguration
+  ) throws(HandoverError) -> MemoryImage {
+    let values = ImageTemplate.Values(
+      image: name, name: identity.name, userID: identity.peer.userID,
+      processID: identity.peer.processID)
+    guard let path = configuration.image.path(for: values) else {
+      throw HandoverError(
+        .unknownImage,
+        "the VMM did not say which image, or what it said is no plain file name "
+          + "(\(configuration.image))", peer: identity.peer)
+    }
+    do {
+      return try images.image(at: path)
+    } catch {
+      throw HandoverError(.unknownImage, "image \(path): \(error)", peer: identity.peer)
+    }
+  }
+
+  private func serve(
+    _ guest: Guest, _ userfaultfd: consuming Userfaultfd, _ process: consuming OwnedDescriptor,
+    _ configuration: SessionConfiguration
+  ) throws(HandoverError) {
+    let ranges = try ContentMap.ranges(of: guest.regions, in: guest.image.regions)
+    var regions: [PagedRegion] = []
+    for range in ranges {
+      do throws(Errno) {
+        regions.append(try range.makePagedRegion())
+      } catch {
+        throw HandoverError(
+          error == .notSupported ? .unsupported : .inputOutput,
+          error == .notSupported
+            ? "mode minor is not served for another process" : "no memory for its page states",
+          region: range.handedRegion, peer: guest.identity.peer, errno: error)
+      }
+    }
+    let box = SessionBox()
+    var options = PagerOptions(
+      faultThreads: 1, populateThreads: 1,
+      onFailure: { [log] failure in
+        log.error("\(failure)", metadata: ["session": "\(box.session?.id ?? "")"])
+        box.session?.push(failure)
+      },
+      onEnd: { [supervisor] error in
+        if let session = box.session { supervisor.end(session, "\(error)") }
+      })
+    options.records = configuration.record
+    options.sourceTimeout = UInt64(configuration.sourceTimeoutMilliseconds) * 1_000_000
+    options.onDamage = Pager.DamagePolicy(configuration.onDamage)
+    let session: GuestSession
+    do throws(PagerError) {
+      let pager = try PagerSession(
+        userfaultfd: userfaultfd, regions: regions, source: ImageSource(guest.image),
+        options: options, registers: false, process: process)
+      session = GuestSession(
+        id: registry.makeID(), identity: guest.identity, image: guest.image, pager: pager,
+        regions: ranges, connection: guest.connection, kept: guest.kept,
+        records: configuration.record, log: log)
+      box.fill(session)
+      registry.add(session)
+      try pager.start(in: pool)
+    } catch {
+      if let session = box.session { registry.remove(session) }
+      box.fill(nil)
+      throw HandoverError(
+        error.code == .ended ? .disconnected : .busy, error.description,
+        peer: guest.identity.peer, errno: error.errno)
+    }
+    announce(session, configuration)
+  }
+
+  private func announce(_ session: GuestSession, _ configuration: SessionConfiguration) {
+    let name = session.identity.name.map { " \($0)," } ?? ""
+    log.info(
+      "session \(session.id) begins:\(name) \(session.identity.peer)",
+      metadata: [
+        "session": "\(session.id)", "image": "\(session.image.path)",
+        "bytes": "\(session.bytes)",
+      ])
+    session.connection?.accept(session: session.id)
+    do throws(Errno) {
+      try supervisor.watch(session)
+    } catch {
+      log.warning("the connection of session \(session.id) cannot be watched: \(error)")
+    }
+    do {
+      try session.startFill(rate: configuration.fillRate, replays: true)
+    } catch {
+      log.warning("session \(session.id) is not filled in the background: \(error)")
+    }
+    // It may have ended before it was in the list of those who are told.
+    if session.pager.hasEnded { supervisor.end(session, "the guest's process is gone") }
+  }
+}
+
+/// The session of callbacks that are made before it is. Empty again when the session ends would
+/// be too early: callbacks come from its threads.
+private final class SessionBox: Sendable {
+  private struct Weak: Sendable { weak var session: GuestSession? }
+  private let content = Mutex(Weak())
+  var session: GuestSession? { content.withLock { $0.session } }
+  func fill(_ session: GuestSession?) { content.withLock { $0.session = session } }
+}
+
+extension Pager.DamagePolicy {
+  /// As the configuration says.
+  init(_ policy: DamageResponse) {
+    self =
+      switch policy {
+      case .wait: .wait
+      case .stopVMM: .stopVMM
+      case .poison: .poison
+      }
+  }
+}

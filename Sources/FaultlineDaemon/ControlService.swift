@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import FlyingFox
+internal import FlyingSocks
+internal import Foundation
+internal import Logging
+internal import MemoryImage
+internal import Pager
+internal import Synchronization
+
+/// The control API (docs/control.md). What may take long runs in threads of its own.
+final class ControlService: Sendable {
+  /// The version that `health` says.
+  static let version = "0.1.0"
+  private static let bodyLimit = 65_536
+
+  private let registry: SessionRegistry
+  private let images: ImageRegistry
+  private let supervisor: Supervisor
+  private let log: Logger
+  let isDraining = Atomic<Bool>(false)
+
+  init(
+    _ registry: SessionRegistry, _ images: ImageRegistry, _ supervisor: Supervisor, log: Logger
+  ) {
+    self.registry = registry
+    self.images = images
+    self.supervisor = supervisor
+    self.log = log
+  }
+
+  /// Adds health and metrics to a server.
+  func addMetrics(to server: HTTPServer) async {
+    await server.appendRoute("GET /metrics") { [self] _ in
+      HTTPResponse(
+        statusCode: .ok, headers: [.contentType: MetricsText.contentType],
+        body: Data(MetricsText(registry, images: images.count).text.utf8))
+    }
+    for path in ["GET /v1/health", "GET /health"] {
+      await server.appendRoute(HTTPRoute(path)) { [self] _ in
+        let isDraining = isDraining.load(ordering: .acquiring)
+        return answer(
+          isDraining ? .serviceUnavailable : .ok,
+          ControlMessage.Health(
+            status: isDraining ? "draining" : "ok", version: Self.version,
+            sessions: registry.count))
+      }
+    }
+  }
+
+  /// Adds all the rest.
+  func addControl(to server: HTTPServer) async {
+    await server.appendRoute("GET /v1/sessions") { [self] _ in
+      answer(
+        .ok,
+        ControlMessage.SessionList(
+          sessions: registry.all.map { $0.summary(withStatistics: false) }))
+    }
+    await addRoute(server, "GET /v1/sessions/:id") { [self] session, _ in
+      answer(.ok, session.summary(withStatistics: true))
+    }
+    await addRoute(server, "DELETE /v1/sessions/:id") { [self] session, _ in
+      guard supervisor.detach(session, limit: nil, "an operator detached it") else {
+        return failure(.conflict, "session \(session.id) is \(session.currentPhase.rawValue)")
+      }
+      return answer(.accepted, session.summary(withStatistics: false))
+    }
+    await addRoute(server, "POST /v1/sessions/:id/fill") { [self] session, body in
+      let request =
+        body.isEmpty
+        ? ControlMessage.FillRequest()
+        : try JSONDecoder().decode(ControlMessage.FillRequest.self, from: body)
+      guard (request.rate ?? 1) > 0 else {
+        return failure(.badRequest, "\"rate\" is not at least 1 byte a second")
+      }
+      session.pager.stopFill()
+      try session.startFill(rate: request.rate, replays: false)
+      return answer(.accepted, session.summary(withStatistics: false))
+    }
+    await addRoute(server, "DELETE /v1/sessions/:id/fill") { [self] session, _ in
+      session.pager.stopFill()
+      return answer(.accepted, session.summary(withStatistics: false))
+    }
+    await addRoute(server, "GET /v1/sessions/:id/working-set") { [self] session, _ in
+      answer(
+        .ok,
+        ControlMessage.WorkingSetList(
+          runs: session.pager.recordedWorkingSet.map {
+            ControlMessage.Run(
+              region: $0.region, firstBlock: $0.firstBlock, blockCount: $0.blockCount)
+          }))
+    }
+    await addRoute(server, "POST /v1/sessions/:id/working-set") { [self] session, _ in
+      guard session.records else {
+        return failure(.conflict, "session \(session.id) does not record (\"record\")")
+      }
+      let blocks = try session.storeWorkingSet()
+      log.info("\(blocks) blocks of session \(session.id) are the image's working set now")
+      return answer(.ok, session.summary(withStatistics: false))
+    }
+    await addRoute(server, "POST /v1/sessions/:id/retry") { [self] session, _ in
+      session.pager.retryFailed()
+      return answer(.accepted, session.summary(withStatistics: false))
+    }
+    await server.appendRoute("*") { [self] request in
+      failure(.notFound, "\(request.method.rawValue) \(request.path) is not in docs/control.md")
+    }
+  }
+
+  /// A route of one session; what the body throws is the request's fault.
+  private func addRoute(
+    _ server: HTTPServer, _ route: String,
+    _ body: @escaping @Sendable (GuestSession, Data) throws -> HTTPResponse
+  ) async {
+    await server.appendRoute(HTTPRoute(route)) { [self] request in
+      let id = request.routeParameters["id"] ?? ""
+      guard let session = registry[id] else {
+        return failure(.notFound, "there is no session \(id)")
+      }
+      let length = request.headers[.contentLength].flatMap(Int.init) ?? 0
+      guard request.headers[.transferEncoding] == nil, length <= Self.bodyLimit else {
+        return failure(.payloadTooLarge, "a body has at most \(Self.bodyLimit) bytes")
+      }
+      let data = length > 0 ? try await request.bodyData : Data()
+      do {
+        return try body(session, data)
+      } catch let error as DecodingError {
+        return failure(.badRequest, "the body is not as in docs/control.md: \(error)")
+      } catch {
+        return failure(.internalServerError, "\(error)")
+      }
+    }
+  }
+
+  // MARK: - Answers
+
+  private func answer(_ status: HTTPStatusCode, _ value: some Encodable) -> HTTPResponse {
+    let encoder = JSONEncoder()
+    encoder.keyEncodingStrategy = .convertToSnakeCase
+    encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
+    let body = (try? encoder.encode(value)) ?? Data()
+    return HTTPResponse(
+      statusCode: status, headers: [.contentType: "application/json"],
+      body: body + Data("\n".utf8))
+  }
+
+  private func failure(_ status: HTTPStatusCode, _ text: String) -> HTTPResponse {
+    answer(status, ControlMessage.Failure(error: text))
+  }
+}
+
+/// FlyingFox's own messages, at the level of the daemon's log.
+struct HTTPLog: FlyingSocks.Logging {
+  let log: DaemonLogger
+  func logDebug(_ debug: @autoclosure () -> String) { log.trace("\(debug())") }
+  func logInfo(_ info: @autoclosure () -> String) { log.debug("\(info())") }
+  func logWarning(_ warning: @autoclosure () -> String) { log.debug("\(warning())") }
+  func logError(_ error: @autoclosure () -> String) { log.debug("\(error())") }
+  func logCritical(_ critical: @autoclosure () -> String) { log.debug("\(critical())") }
+}

@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+
+public import DaemonConfiguration
+internal import FlyingFox
+internal import FlyingSocks
+internal import Foundation
+internal import Glibc
+internal import LinuxSystem
+internal import Logging
+internal import Pager
+internal import Synchronization
+internal import SystemPackage
+
+/// The service that serves many guests (`faultline serve`).
+public final class Daemon {
+  /// How a run ended.
+  public enum Ending: Sendable {
+    /// All sessions were over, or were filled and let go of.
+    case drained
+    /// Some were not filled in time, or the second signal came.
+    case interrupted
+  }
+
+  private let configuration: DaemonConfiguration
+  private let log: Logger
+  private let manager: ServiceManager
+  private let registry = SessionRegistry()
+  private let images = ImageRegistry()
+  private let pool: PagerPool
+  private let supervisor: Supervisor
+  private let control: ControlService
+  private var listeners: [VMMListener] = []
+  private var servers: [(server: HTTPServer, task: Task<Void, any Error>)] = []
+  private var controlPath: String?
+
+  /// Prepares a service; nothing is listened on before `run`.
+  ///
+  /// Call it before there are other threads: signals are blocked in all that come later.
+  public init(_ configuration: DaemonConfiguration, environment: [String: String]) throws {
+    Signals.block()
+    self.configuration = configuration
+    log = Logger(configuration, environment: environment)
+    manager = ServiceManager(environment: environment)
+    Limits.raiseOpenFiles()
+    pool = try PagerPool(threads: configuration.faultThreads, capacity: 4096)
+    supervisor = try Supervisor(registry, log: log)
+    control = ControlService(registry, images, supervisor, log: log)
+  }
+
+  /// Serves until SIGTERM or SIGINT, then drains. Blocks the calling thread.
+  public func run() throws -> Ending {
+    defer { closeAll() }
+    try checkImages()
+    try supervisor.start()
+    try openListeners()
+    try openServers()
+    manager.notify("READY=1\nSTATUS=\(configuration.listen.count) sockets for VMMs")
+    log.info("ready: \(Self.description(of: configuration))")
+    var beats = 0
+    while Signals.wait(seconds: 5) == nil {
+      beats += 1
+      manager.notify("WATCHDOG=1\nSTATUS=\(registry.count) sessions")
+    }
+    return drain()
+  }
+
+  // MARK: - The start
+
+  /// An image that is the same for all VMs has to be there.
+  private func checkImages() throws {
+    for socket in configuration.listen {
+      guard let path = socket.image.fixedPath else { continue }
+      do {
+        _ = try images.image(at: path)
+      } catch {
+        throw DaemonError("the image of \(socket.socket), \(path), cannot be used: \(error)")
+      }
+    }
+  }
+
+  private func openListeners() throws {
+    let attachment = Attachment(registry, images, supervisor, pool, log: log)
+    for socket in configuration.listen {
+      let name = FilePath(socket.socket).lastComponent?.string ?? ""
+      let inherited = manager.sockets.first {
+        $0.name == name || $0.name == socket.socket || manager.sockets.count == 1
+      }
+      let listener = try VMMListener(
+        socket, inherited: inherited?.descriptor ?? -1, log: log)
+      listeners.append(listener)
+      try listener.start { connection, stopSign in
+        attachment.handle(connection, stopSign: stopSign, socket)
+      }
+    }
+  }
+
+  private func openServers() throws {
+    if let path = configuration.controlSocket {
+      try SocketPath.clear(path)
+      controlPath = path
+      let server = HTTPServer(
+        address: .unix(path: path), timeout: 60, logger: HTTPLog(log: log))
+      try SocketPath.withMode(0o600) {
+        try open(server, "the control socket \(path)") { [control] in
+          await control.addMetrics(to: server)
+          await control.addControl(to: server)
+        }
+      }
+    }
+    if let address = configuration.metricsAddress {
+      let bound: any SocketAddress
+      do {
+        bound =
+          address.host.contains(":")
+          ? try sockaddr_in6.inet6(ip6: address.host, port: address.port)
+          : try sockaddr_in.inet(
+            ip4: address.host == "localhost" ? "127.0.0.1" : address.host, port: address.port)
+      } catch {
+        throw DaemonError("metrics: \(address.host) is no address of this machine; give its number")
+      }
+      let server = Self.server(bound, log)
+      try open(server, "the metrics on \(address)") { [control] in
+        await control.addMetrics(to: server)
+      }
+    }
+  }
+
+  private static func server(_ address: some SocketAddress, _ log: Logger) -> HTTPServer {
+    HTTPServer(address: address, timeout: 60, logger: HTTPLog(log: log))
+  }
+
+  /// Starts an HTTP server and waits until it listens.
+  private func open(
+    _ server: HTTPServer, _ name: String, _ prepare: @escaping @Sendable () async -> Void
+  ) throws {
+    let result = Monitor<Result<Void, any Error>?>(nil)
+    let task = Task.detached {
+      await prepare()
+      do {
+        try await server.run()
+      } catch {
+        result.withLock { $0 = $0 ?? .failure(error) }
+        throw error
+      }
+    }
+    Task.detached {
+      if (try? await server.waitUntilListening(timeout: 10)) != nil {
+        result.withLock { $0 = $0 ?? .success(()) }
+      }
+    }
+    servers.append((server, task))
+    do {
+      try result.wait { $0 }.get()
+    } catch {
+      throw DaemonError("\(name) cannot be opened: \(error.localizedDescription)")
+    }
+  }
+
+  private static func description(of configuration: DaemonConfiguration) -> String {
+    var parts = configuration.listen.map {
+      "\($0.handover.rawValue) on \($0.socket) from \($0.image)"
+    }
+    if let control = configuration.controlSocket { parts.append("control on \(control)") }
+    if let metrics = configuration.metricsAddress { parts.append("metrics on \(metrics)") }
+    return parts.joined(separator: ", ")
+  }
+
+  // MARK: - The end
+
+  private func drain() -> Ending {
+    control.isDraining.store(true, ordering: .releasing)
+    manager.notify("STOPPING=1\nSTATUS=draining")
+    for listener in listeners { listener.stop() }
+    let sessions = registry.all
+    let limit = Double(configuration.drainTimeoutMilliseconds) / 1000
+    if !sessions.isEmpty {
+      log.info(
+        "\(sessions.count) sessions are filled, for at most \(limit) s; then they need nobody")
+    }
+    for session in sessions { _ = supervisor.detach(session, limit: limit, "the daemon stops") }
+    let deadline = MonotonicClock.nanoseconds + UInt64((limit + 5) * 1e9)
+    var isComplete = true
+    while registry.count > 0 {
+      guard Signals.wait(seconds: 0.02) == nil, MonotonicClock.nanoseconds < deadline else {
+        isComplete = false
+        break
+      }
+    }
+    for session in registry.all {
+      log.error(
+        "session \(session.id) is left as it is: whoever touches a page that is missing waits",
+        metadata: ["session": "\(session.id)", "pid": "\(session.identity.peer.processID)"])
+    }
+    log.info("the end")
+    return isComplete ? .drained : .interrupted
+  }
+
+  private func closeAll() {
+    for listener in listeners { listener.stop() }
+    for (server, task) in servers {
+      task.cancel()
+      Task.detached { await server.stop() }
+    }
+    if let controlPath { unsafe unlink(controlPath) }
+    if registry.count == 0 {
+      supervisor.stop()
+      pool.stop()
+    }
+  }
+}
+
+/// SIGTERM and SIGINT, taken by one thread.
+enum Signals {
+  private static var set: sigset_t {
+    var set = sigset_t()
+    unsafe sigemptyset(&set)
+    unsafe sigaddset(&set, SIGTERM)
+    unsafe sigaddset(&set, SIGINT)
+    return set
+  }
+
+  /// Blocks them in this thread and all that it starts.
+  static func block() {
+    var set = set
+    unsafe pthread_sigmask(SIG_BLOCK, &set, nil)
+    signal(SIGPIPE, SIG_IGN)
+  }
+
+  /// Waits for one; `nil` when none came in time.
+  static func wait(seconds: Double) -> CInt? {
+    var set = set
+    var time = timespec(
+      tv_sec: Int(seconds), tv_nsec: Int((seconds - seconds.rounded(.down)) * 1e9))
+    let found = unsafe sigtimedwait(&set, nil, &time)
+    return found > 0 ? found : nil
+  }
+}
+
+/// What this process may have.
+enum Limits {
+  /// Takes as many descriptors as are allowed: a session needs a few.
+  static func raiseOpenFiles() {
+    var limit = rlimit()
+    guard unsafe getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0 else { return }
+    limit.rlim_cur = limit.rlim_max
+    _ = unsafe setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
+  }
+}

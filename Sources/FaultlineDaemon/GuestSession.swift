@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import DaemonConfiguration
+internal import Foundation
+internal import HandoverProtocol
+internal import LinuxSystem
+internal import Logging
+internal import MemoryImage
+internal import Pager
+internal import Synchronization
+internal import SystemPackage
+internal import VMMAdapters
+
+/// What is known of a VMM that handed over.
+struct GuestIdentity: Sendable {
+  var name: String?
+  var handover: HandoverKind
+  var peer: PeerCredentials
+}
+
+/// One VMM that is served: its pager session, and what goes with it.
+final class GuestSession: Sendable {
+  enum Phase: String { case serving, detaching, ending }
+
+  let id: String
+  let identity: GuestIdentity
+  let image: MemoryImage
+  let pager: PagerSession<ImageSource>
+  /// With the hand-over of docs/handover.md; its end is the session's.
+  let connection: HandoverConnection?
+  /// The connection of the hand-over, whichever it is, open as long as the session.
+  private let kept: HandoverConnection
+  let records: Bool
+  let bytes: Int
+  let started = Date()
+  private let phase = Mutex(Phase.serving)
+  private let log: Logger
+
+  init(
+    id: String, identity: GuestIdentity, image: MemoryImage, pager: PagerSession<ImageSource>,
+    regions: [ContentRange], connection: HandoverConnection?,
+    kept: HandoverConnection, records: Bool, log: Logger
+  ) {
+    self.id = id
+    self.identity = identity
+    self.image = image
+    self.pager = pager
+    self.connection = connection
+    self.kept = kept
+    self.records = records
+    bytes = regions.reduce(0) { $0 + $1.host.length }
+    var log = log
+    log[metadataKey: "session"] = "\(id)"
+    self.log = log
+  }
+
+  // MARK: - State
+
+  var currentPhase: Phase { phase.withLock { $0 } }
+
+  /// Goes from serving to another phase; `false` when it is there, or further.
+  func enter(_ next: Phase) -> Bool {
+    phase.withLock { phase in
+      guard phase == .serving || (phase == .detaching && next == .ending) else { return false }
+      phase = next
+      return true
+    }
+  }
+
+  /// Back to serving: it could not be detached.
+  func stay() { phase.withLock { if $0 == .detaching { $0 = .serving } } }
+
+  /// For lists.
+  func summary(withStatistics: Bool) -> ControlMessage.Session {
+    let statistics = pager.statistics
+    let progress = pager.fillProgress
+    return ControlMessage.Session(
+      id: id, state: currentPhase.rawValue, name: identity.name,
+      handover: identity.handover.rawValue, processID: identity.peer.processID,
+      userID: identity.peer.userID, image: image.path.string,
+      started: Int(started.timeIntervalSince1970), bytes: bytes, records: records,
+      faults: statistics.faults, failedPages: statistics.failedPages,
+      pendingReads: pager.pendingReads,
+      fill: ControlMessage.Fill(
+        phase: progress.phase.rawValue, done: progress.done, total: progress.total),
+      statistics: withStatistics ? statistics.named : nil)
+  }
+
+  // MARK: - Filling
+
+  /// Starts the filling: the image's working set, if it has one and none is being recorded, then
+  /// the rest.
+  func startFill(rate: Int?, replays: Bool) throws {
+    var runs: [WorkingSetRun] = []
+    if replays, !records {
+      do {
+        runs = try image.workingSet()?.runs ?? []
+      } catch {
+        log.warning("the image's working set is not used: \(error)")
+      }
+    }
+    guard rate != 0 || !runs.isEmpty else { return }
+    try pager.startFill(runs, rate: rate) { [weak self] in self?.hasFilled(rate: rate) }
+  }
+
+  private func hasFilled(rate: Int?) {
+    guard rate != 0 else { return }
+    log.info("all pages are filled")
+    connection?.push(.filled)
+  }
+
+  // MARK: - The end
+
+  /// Fills everything, and lets go of the guest's memory: it needs nobody from here on. Blocks.
+  ///
+  /// - Parameter limit: seconds after which pages that did not come are memory errors.
+  /// - Returns: whether the session is over; `false` leaves it serving.
+  func detach(limit: TimeInterval?) -> Bool {
+    pager.stopFill()
+    let deadline = limit.map { Date(timeIntervalSinceNow: $0) }
+    do {
+      try pager.startFill([], rate: nil)
+      while pager.fillProgress.phase != .done, pager.fillProgress.phase != .idle {
+        if let deadline, Date() > deadline {
+          log.warning("not all of it was filled in time; what is missing is a memory error now")
+          pager.stopFill()
+          break
+        }
+        usleep(2000)
+      }
+    } catch {
+      log.error("it cannot be filled: \(error)")
+    }
+    return letGo()
+  }
+
+  /// Lets go of memory that may still be in use.
+  func letGo() -> Bool {
+    guard pager.hasEnded || isRight || pager.seal(isFilled: isFilled) else {
+      log.warning(
+        "it stays: pages are missing, and this kernel cannot make them memory errors (Linux 6.6)")
+      return false
+    }
+    pager.release()
+    return true
+  }
+
+  /// Whether every page that has data was looked at.
+  private var isFilled: Bool {
+    let progress = pager.fillProgress
+    return progress.phase == .done && progress.total >= bytes
+  }
+
+  /// Whether every page that has data is there.
+  private var isRight: Bool { isFilled && pager.statistics.failedPages == 0 }
+
+  /// Puts what was recorded into the image.
+  func storeWorkingSet() throws -> Int {
+    let runs = pager.recordedWorkingSet
+    try MemoryImage.setWorkingSet(runs, of: image.path)
+    return runs.reduce(0) { $0 + $1.blockCount }
+  }
+
+  /// Tells the VMM.
+  func push(_ failure: PageFailure) {
+    connection?.push(
+      .poisoned(
+        hostAddress: failure.hostAddress.rawValue, length: UInt64(failure.pageSize.bytes),
+        message: failure.reason))
+  }
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+import FaultlineDaemon
+import Foundation
+import LinuxSystem
+import SystemPackage
+import TestSupport
+import Testing
+import Userfault
+
+/// `faultline serve`, in a process of its own.
+final class DaemonProcess: Sendable {
+  let directory: String
+  private let process: Process
+  private let log: String
+
+  /// Starts it and waits until it is ready.
+  init(
+    in directory: String, _ arguments: [String], environment: [String: String] = [:],
+    waits: Bool = true
+  ) throws {
+    self.directory = directory
+    log = directory + "/log-\(UUID().uuidString)"
+    _ = FileManager.default.createFile(atPath: log, contents: nil)
+    process = Process()
+    process.executableURL = builtProduct("faultline")
+    process.arguments = ["serve"] + arguments
+    process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
+    process.standardInput = FileHandle.nullDevice
+    process.standardOutput = FileHandle.nullDevice
+    process.standardError = try FileHandle(forWritingTo: URL(fileURLWithPath: log))
+    try process.run()
+    guard waits else { return }
+    try #require(Delay.until { logged("ready") || !isRunning } && isRunning, "\(messages)")
+  }
+
+  deinit {
+    if process.isRunning { kill(process.processIdentifier, SIGKILL) }
+    process.waitUntilExit()
+  }
+
+  var identifier: Int32 { process.processIdentifier }
+  var isRunning: Bool { process.isRunning }
+
+  /// What it has written to standard error.
+  var messages: String { (try? String(contentsOfFile: log, encoding: .utf8)) ?? "" }
+  func logged(_ text: String) -> Bool { messages.contains(text) }
+
+  func send(_ signal: Int32) { kill(identifier, signal) }
+
+  /// Waits for its end; its exit status.
+  func wait() -> Int32 {
+    _ = Delay.until { !process.isRunning }
+    if process.isRunning { kill(process.processIdentifier, SIGKILL) }
+    process.waitUntilExit()
+    return process.terminationReason == .exit
+      ? process.terminationStatus : -process.terminationStatus
+  }
+
+  /// Entries of one of its directories in /proc.
+  func count(_ name: String) -> Int {
+    (try? FileManager.default.contentsOfDirectory(atPath: "/proc/\(identifier)/\(name)").count)
+      ?? -1
+  }
+
+  /// Memory of its own, in KiB (VmRSS without files).
+  var anonymousKiB: Int {
+    guard
+      let text = try? FileHandle(forReadingFrom: URL(fileURLWithPath: "/proc/\(identifier)/status"))
+        .readToEnd(),
+      let line = String(decoding: text, as: UTF8.self).split(separator: "\n").first(where: {
+        $0.hasPrefix("RssAnon:")
+      })
+    else { return -1 }
+    return Int(line.filter(\.isNumber)) ?? -1
+  }
+}
+
+/// What a command of `faultline` says; its exit status, standard output and error.
+func faultline(_ arguments: String...) throws -> (status: Int32, output: String, errors: String) {
+  let process = Process()
+  process.executableURL = builtProduct("faultline")
+  process.arguments = arguments
+  let (output, errors) = (Pipe(), Pipe())
+  process.standardOutput = output
+  process.standardError = errors
+  process.standardInput = FileHandle.nullDevice
+  try process.run()
+  let text = String(decoding: output.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
+  let words = String(decoding: errors.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
+  process.waitUntilExit()
+  return (process.terminationStatus, text, words)
+}
+
+/// A daemon with one image, two regions of 256 and 768 blocks, and its sockets.
+struct Service {
+  let daemon: DaemonProcess
+  let directory: String
+  var socket: String { directory + "/vmm.sock" }
+  var control: String { directory + "/control.sock" }
+
+  init(
+    in directory: String, handover: String = "firecracker", regions: [Int] = [512, 512],
+    _ arguments: [String] = [], environment: [String: String] = [:]
+  ) throws {
+    self.directory = directory
+    let image = directory + "/base.img"
+    if !FileManager.default.fileExists(atPath: image) {
+      _ = try makePatternImage(image, regions: imageRegions(regions))
+    }
+    daemon = try DaemonProcess(
+      in: directory,
+      [
+        "--socket", directory + "/vmm.sock", "--handover", handover, "--image", image,
+        "--control-socket", directory + "/control.sock", "--log-level", "debug",
+      ] + arguments, environment: environment)
+  }
+
+  /// The sessions, as `ps --json` has them.
+  func sessions() throws -> [ControlMessage.Session] {
+    let answer = try faultline("ps", "--json", "--control-socket", control)
+    let decoder = JSONDecoder()
+    decoder.keyDecodingStrategy = .convertFromSnakeCase
+    return try decoder.decode(ControlMessage.SessionList.self, from: Data(answer.output.utf8))
+      .sessions
+  }
+
+  /// curl, for the paths that no command uses: method, path, body.
+  func request(_ method: String, _ path: String, body: String? = nil) throws -> String {
+    let socket = try UnixSocket(connectingTo: FilePath(control))
+    var text = "\(method) \(path) HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    if let body { text += "Content-Length: \(body.utf8.count)\r\n" }
+    try socket.send(Array((text + "\r\n" + (body ?? "")).utf8))
+    var bytes: [UInt8] = []
+    while true {
+      let piece = try socket.receive(limit: 1 << 16).bytes
+      guard !piece.isEmpty else { break }
+      bytes += piece
+    }
+    return String(decoding: bytes, as: UTF8.self)
+  }
+}
+
+/// A Firecracker in a process of its own; see Tests/FakeFirecracker.
+final class FirecrackerProcess: Sendable {
+  private let process: Process
+  private let input = Pipe()
+  private let output = Pipe()
+
+  init(_ socket: String, regions: Int = 2, pages: Int = 512, piece: Int = 1 << 20) throws {
+    process = Process()
+    process.executableURL = builtProduct("fake-firecracker")
+    process.arguments = [socket, "\(regions)", "\(pages)", "4096", "both", "\(piece)"]
+    process.standardInput = input
+    process.standardOutput = output
+    process.standardError = FileHandle.nullDevice
+    try process.run()
+  }
+
+  deinit { kill() }
+
+  var identifier: Int32 { process.processIdentifier }
+
+  func kill() {
+    if process.isRunning { _ = Foundation.kill(process.processIdentifier, SIGKILL) }
+    process.waitUntilExit()
+  }
+
+  /// Lets it end, and returns all that it said.
+  func finish() throws -> String {
+    try input.fileHandleForWriting.close()
+    let text = String(
+      decoding: output.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
+    process.waitUntilExit()
+    return text
+  }
+}

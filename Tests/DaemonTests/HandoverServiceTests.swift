@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+
+import FaultlineDaemon
+import Foundation
+import HandoverClient
+import HandoverProtocol
+import LinuxSystem
+import MemoryImage
+import Synchronization
+import SystemPackage
+import TestSupport
+import Testing
+import Userfault
+
+@Suite("The daemon speaks docs/handover.md")
+struct HandoverServiceTests {
+  private func attach(
+    _ service: Service, _ vmm: FakeFirecracker, name: String? = nil, image: String? = nil,
+    options: AttachMessage.Options? = nil
+  ) throws -> HandoverClient {
+    var offset: UInt64 = 0
+    let regions = vmm.ranges.map { range in
+      defer { offset += UInt64(range.length) }
+      return AttachMessage.Region(
+        hostAddress: range.start.rawValue, length: UInt64(range.length), offset: offset)
+    }
+    return try HandoverClient(
+      attachingTo: FilePath(service.socket), regions: regions, userfaultfd: vmm.userfaultfd,
+      name: name, image: image, options: options, timeoutMilliseconds: 60_000)
+  }
+
+  @Test("A VMM is served by its name, is told when all is there, and leaves")
+  func serves() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline")
+      let vmm = try FakeFirecracker(regions: 2, pages: 512)
+      do {
+        let client = try attach(
+          service, vmm, name: "vm 17", options: .init(fillRate: 1 << 30))
+        #expect(try service.sessions().map(\.name) == ["vm 17"])
+        #expect(try vmm.wrongBlocks() == 0)
+        #expect(try client.nextStatus(waitingMilliseconds: 60_000) == .filled)
+      }
+      #expect(Delay.until { service.daemon.logged("its connection was closed") })
+      #expect(Delay.until { (try? service.sessions().isEmpty) == true })
+    }
+  }
+
+  @Test("A VMM that closes and goes on never reads zeros for what was not there")
+  func leavesEarly() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline")
+      let vmm = try FakeFirecracker(regions: 1, pages: 1024)
+      try #require(vmm.userfaultfd.features.isSuperset(of: []))
+      do {
+        _ = try attach(service, vmm)
+        #expect(vmm.word(region: 0, page: 3) == PatternSource.word(block: 3, seed: 7))
+        try vmm.giveBack(region: 0, page: 5)
+      }
+      #expect(Delay.until { service.daemon.logged("has ended") })
+      let range = vmm.ranges[0]
+      #expect(guardedLoad(range, offset: 3 * 4096) == .value(PatternSource.word(block: 3, seed: 7)))
+      #expect(guardedLoad(range, offset: 5 * 4096) == .value(0))
+      #expect(guardedLoad(range, offset: 900 * 4096) == .busError)
+    }
+  }
+
+  @Test("An image by its name; one that is not there is refused in words")
+  func images() throws {
+    try withTemporaryDirectory { directory in
+      for name in ["one", "two"] {
+        _ = try makePatternImage(directory + "/\(name).img", regions: imageRegions([512, 512]))
+      }
+      let socket = directory + "/vmm.sock"
+      let daemon = try DaemonProcess(
+        in: directory,
+        ["--socket", socket, "--handover", "faultline", "--image", directory + "/{image}.img"])
+      let vmm = try FakeFirecracker(regions: 2, pages: 512)
+      let region = AttachMessage.Region(
+        hostAddress: vmm.ranges[0].start.rawValue, length: 4096 * 512, guestAddress: 0)
+      for (image, code) in [("three", "unknown_image"), ("../one", "malformed")] {
+        let error = #expect(throws: HandoverClientError.self) {
+          _ = try HandoverClient(
+            attachingTo: FilePath(socket), regions: [region], userfaultfd: vmm.userfaultfd,
+            image: image, timeoutMilliseconds: 60_000)
+        }
+        #expect(error?.serviceCode == code, "\(String(describing: error))")
+      }
+      let client = try HandoverClient(
+        attachingTo: FilePath(socket), regions: [region], userfaultfd: vmm.userfaultfd,
+        image: "two", timeoutMilliseconds: 60_000)
+      #expect(vmm.word(region: 0, page: 9) == PatternSource.word(block: 9, seed: 7))
+      withExtendedLifetime((client, daemon)) {}
+    }
+  }
+
+  @Test("A damaged page is told to the VMM, with its place")
+  func damage() throws {
+    try withTemporaryDirectory { directory in
+      _ = try makePatternImage(
+        directory + "/base.img", regions: imageRegions([512, 512]), encoding: .stored)
+      let file = try FileHandle(forUpdating: URL(fileURLWithPath: directory + "/base.img"))
+      // The word of block 100, wherever it is.
+      let value = PatternSource.word(block: 100, seed: 7)
+      let word = Data((0..<8).map { UInt8(truncatingIfNeeded: value >> ($0 * 8)) })
+      let content = try #require(try file.readToEnd())
+      let place = try #require(content.firstRange(of: word + word))
+      try file.seek(toOffset: UInt64(place.lowerBound))
+      try file.write(contentsOf: Data([1, 2, 3]))
+      try file.close()
+      let service = try Service(in: directory, handover: "faultline")
+      let vmm = try FakeFirecracker(regions: 2, pages: 512)
+      let client = try attach(service, vmm)
+      let address = vmm.ranges[0].start.rawValue + 100 * 4096
+      #expect(guardedLoad(vmm.ranges[0], offset: 100 * 4096) == .busError)
+      let status = try #require(try client.nextStatus(waitingMilliseconds: 60_000))
+      #expect(status.event == "poisoned" && status.hostAddress == address)
+      #expect(vmm.word(region: 1, page: 4) == PatternSource.word(block: 516, seed: 7))
+      #expect(try service.sessions().map(\.failedPages) == [1])
+      // Its end would be that of the session.
+      withExtendedLifetime(client) {}
+    }
+  }
+
+  @Test("What was recorded goes into the image, and comes first the next time")
+  func workingSet() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline")
+      let touched = [700, 3, 90]
+      do {
+        let vmm = try FakeFirecracker(regions: 2, pages: 512)
+        let client = try attach(service, vmm, options: .init(record: true))
+        for block in touched { _ = vmm.word(region: block / 512, page: block % 512) }
+        let list = try service.request("GET", "/v1/sessions/1/working-set")
+        #expect(list.contains("{\"block_count\":1,\"first_block\":188,\"region\":1}"), "\(list)")
+        #expect(try service.request("POST", "/v1/sessions/1/working-set").hasPrefix("HTTP/1.1 200"))
+        withExtendedLifetime(client) {}
+      }
+      #expect(Delay.until { (try? service.sessions().isEmpty) == true })
+      let vmm = try FakeFirecracker(regions: 2, pages: 512)
+      let client = try attach(service, vmm)
+      #expect(Delay.until { (try? service.sessions().first?.fill.phase) == "done" })
+      for block in touched {
+        #expect(
+          vmm.word(region: block / 512, page: block % 512)
+            == PatternSource.word(block: block, seed: 7))
+      }
+      #expect(try service.sessions().map(\.faults) == [0])
+      #expect(try service.request("POST", "/v1/sessions/2/working-set").hasPrefix("HTTP/1.1 409"))
+      withExtendedLifetime(client) {}
+    }
+  }
+
+  @Test("The filling can be started and stopped, with a rate that makes sense")
+  func fill() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline")
+      let vmm = try FakeFirecracker(regions: 2, pages: 512)
+      let client = try attach(service, vmm)
+      #expect(
+        try service.request("POST", "/v1/sessions/1/fill", body: "{\"rate\":0}")
+          .hasPrefix("HTTP/1.1 400"))
+      #expect(
+        try service.request("POST", "/v1/sessions/1/fill", body: "{\"rate\":\"x\"}")
+          .hasPrefix("HTTP/1.1 400"))
+      #expect(
+        try service.request("POST", "/v1/sessions/1/fill", body: "{\"rate\":4096}")
+          .hasPrefix("HTTP/1.1 202"))
+      #expect(try service.sessions().first?.fill.phase == "filling")
+      #expect(try service.request("DELETE", "/v1/sessions/1/fill").hasPrefix("HTTP/1.1 202"))
+      #expect(try service.sessions().first?.fill.phase == "idle")
+      #expect(try service.request("POST", "/v1/sessions/1/fill").hasPrefix("HTTP/1.1 202"))
+      #expect(try client.nextStatus(waitingMilliseconds: 60_000) == .filled)
+    }
+  }
+}
