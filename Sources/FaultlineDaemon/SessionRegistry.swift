@@ -24,12 +24,14 @@ final class SessionRegistry: Sendable {
 
   func add(_ session: GuestSession) { state.withLock { $0.sessions[session.id] = session } }
 
-  /// Takes a session out; its counts stay.
-  func remove(_ session: GuestSession) {
+  /// Takes a session out; its counts stay. `false` when it is not there.
+  @discardableResult
+  func remove(_ session: GuestSession) -> Bool {
     let statistics = session.pager.statistics
-    state.withLock { state in
-      guard state.sessions.removeValue(forKey: session.id) != nil else { return }
+    return state.withLock { state in
+      guard state.sessions.removeValue(forKey: session.id) != nil else { return false }
       state.ended.add(statistics)
+      return true
     }
   }
 

@@ -119,7 +119,7 @@ final class Supervisor: Sendable {
   }
 
   private func remove(_ session: GuestSession, _ reason: String) {
-    registry.remove(session)
+    guard registry.remove(session) else { return }
     let statistics = session.pager.statistics
     log.info(
       "session \(session.id) has ended: \(reason)",

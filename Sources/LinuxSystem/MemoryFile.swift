@@ -25,12 +25,21 @@ public struct MemoryFile: ~Copyable, Sendable {
     if pageSize != .size4KiB {
       flags |= MFD_HUGETLB | UInt32(pageSize.rawValue.trailingZeroBitCount) << 26
     }
-    let made = unsafe clinux_memfd_create(name, flags)
+    let made = unsafe clinux_memfd_create(name, flags | MFD_ALLOW_SEALING)
     let descriptor = OwnedDescriptor(owning: CInt(try check(made)))
     _ = try check(clinux_ftruncate(descriptor.rawValue, off_t(length)))
     self.descriptor = descriptor
     self.length = length
     self.pageSize = pageSize
+  }
+
+  /// Fixes its length for good (F_SEAL_GROW, F_SEAL_SHRINK, F_SEAL_SEAL; memfd_create(2)).
+  ///
+  /// - Parameter futureWrites: also forbids writing through descriptors, and through mappings
+  ///   that are made after this; and freeing pages (F_SEAL_FUTURE_WRITE).
+  public borrowing func seal(futureWrites: Bool) throws(Errno) {
+    // From <linux/fcntl.h>: SEAL 1, SHRINK 2, GROW 4, FUTURE_WRITE 16.
+    _ = try check(clinux_add_seals(descriptor.rawValue, futureWrites ? 0x17 : 0x07))
   }
 
   /// Takes over an object with pages of 4 KiB, such as a guest_memfd.

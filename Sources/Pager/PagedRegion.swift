@@ -38,6 +38,8 @@ public final class PagedRegion: Sendable {
   /// The state of every page.
   public let states: PageStateTable
   let cache: PageCacheWriter?
+  /// What it has of a cache of clean pages; `nil` when it is no clone.
+  let share: CloneShare?
   /// Where stage-2 faults put their pages; `nil` where there are none.
   let populator: PageCacheWriter?
 
@@ -59,6 +61,7 @@ public final class PagedRegion: Sendable {
     self.sourceOffset = sourceOffset
     self.mode = mode
     self.states = states
+    share = nil
     switch mode {
     case .missing: cache = nil
     case .minor: cache = try memory.makePageCacheWriter()
@@ -80,12 +83,34 @@ public final class PagedRegion: Sendable {
     self.sourceOffset = sourceOffset
     mode = .missing
     cache = nil
+    share = nil
+    populator = nil
+  }
+
+  /// A clone's private mapping of a whole cache of clean pages. Its userfaultfd needs REMOVE
+  /// events: what the guest gives back has to be told from what the kernel unmaps by itself.
+  ///
+  /// - Parameter host: where the clone has it mapped (`SharedPageCache.makeMapping`).
+  public init(
+    cloneOf cache: SharedPageCache, host: HostRange, guestAddress: GuestAddress = GuestAddress(0),
+    sourceRegion: Int = 0
+  ) throws(Errno) {
+    guard host.length == cache.length else { throw .invalidArgument }
+    states = try PageStateTable(pageCount: host.length / cache.pageSize.bytes)
+    share = try CloneShare(cache)
+    self.host = host
+    self.guestAddress = guestAddress
+    pageSize = cache.pageSize
+    self.sourceRegion = sourceRegion
+    sourceOffset = 0
+    mode = .missing
+    self.cache = nil
     populator = nil
   }
 
   var registration: RegistrationModes {
     switch populator {
-    case .none: mode.registration
+    case .none: share == nil ? mode.registration : [.missing, .minor]
     case .some: [.missing, .minor]
     }
   }

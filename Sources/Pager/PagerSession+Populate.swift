@@ -111,8 +111,18 @@ extension PagerSession {
     _ region: PagedRegion, _ first: Int, _ claimed: Int, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, isReplay: Bool
   ) -> Int {
+    if let share = region.share {
+      let outcome = self.share(
+        first, limit: claimed, isClaimed: true, fillsZeros: isReplay, region, share, bench,
+        counters)
+      if case .settled(let count) = outcome, count > 0 {
+        counters.populatedPages.add(UInt64(count))
+        return count
+      }
+    }
     // A damaged page, and a run that ends inside a page (hugetlbfs), go page by page.
-    if let run = try? fetchRun(first, limit: claimed, region, bench, insists: true),
+    if region.share == nil,
+      let run = try? fetchRun(first, limit: claimed, region, bench, insists: true),
       run.count > 0
     {
       // hugetlbfs has no ZEROPAGE: its pages of zeros come by themselves.

@@ -53,13 +53,20 @@ extension PagerSession {
       case .filling:
         counters.coalescedFaults.add()
         return .resolved
+      case .present where region.share != nil:
+        // The kernel unmapped a clean page, or the cache took it out. What the clone had written
+        // is no page of the cache, and stays.
+        guard region.states.exchange(page, from: .present, to: .filling) else { continue }
+        return fetchAndInstall(page, window: 1, region, bench, counters)
       case .present:
         // In the page cache but not mapped, or dropped without an event (MADV_DONTNEED
         // where remove events were not negotiated, PUNCH_HOLE): then it reads as zero.
         let fill: PageFill = fault.flags.contains(.minor) ? .cached : .zero
         return install(fill, page, region, bench, counters, expecting: .present)
       case .removed:
-        let fill: PageFill = fault.flags.contains(.minor) ? .cached : .zero
+        // A clone's page cache has the image's content, which does not come back.
+        let fill: PageFill =
+          fault.flags.contains(.minor) && region.share == nil ? .cached : .zero
         return install(fill, page, region, bench, counters, expecting: .removed)
       case .poisoned:
         guard canPoison else {
@@ -77,7 +84,11 @@ extension PagerSession {
   /// Marks what a remove or unmap event covers. The caller holds the gate alone.
   func mark(_ range: HostRange, as state: PageState) {
     for range in memory.originals(of: range) {
-      for region in regions { region.states.fill(region.pages(in: range), with: state) }
+      for region in regions {
+        let pages = region.pages(in: range)
+        region.states.fill(pages, with: state)
+        region.share?.release(pages)
+      }
     }
   }
 
@@ -87,6 +98,20 @@ extension PagerSession {
     _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters
   ) -> FaultOutcome {
+    if let share = region.share {
+      switch self.share(
+        page, limit: 1, isClaimed: true, region, share, bench, counters)
+      {
+      case .settled(1...): return .resolved
+      case .deferred: return .deferred
+      case .failed(let error):
+        return fail(
+          page, region, bench, counters, expecting: .filling, reason: error.description)
+      case .settled: break
+      // An event stands before it, or it has to be a page of its own: by the way below, which
+      // copies.
+      }
+    }
     do {
       guard let fill = try fetchPatiently(page, region, bench) else { return .deferred }
       return install(fill, page, region, bench, counters, expecting: .filling)
@@ -183,16 +208,20 @@ extension PagerSession {
           }
           fill = .zero
         }
+        // Taking a page out of a cache also takes zeros from a clone that has them in its place:
+        // that they are there for good, and not the image's content, is kept in the state.
+        let settled: PageState =
+          current == .removed && region.share != nil ? .removed : .present
         let range = region.range(of: page)
         let resolution = apply(fill, range, page, region, bench)
         switch resolution.obstacle {
         case nil:
           count(fill, region.mode, counters)
-          if fill != .poison { region.states.store(page, .present) }
+          if fill != .poison { region.states.store(page, settled) }
         case .alreadyPresent:
           counters.alreadyPresent.add()
           memory.wake(range)
-          if fill != .poison { region.states.store(page, .present) }
+          if fill != .poison { region.states.store(page, settled) }
         case .notRegistered:
           region.states.store(page, .unmapped)
           memory.wake(range)

@@ -114,6 +114,15 @@ extension PagerSession {
     let room = max(1, min(bench.length, Self.pieceLength) / size)
     let limit = min(
       max(window, source.readAhead / size, 1), room, region.pageCount - page)
+    if let share = region.share, limit > 1, options.faultAround.maximum > 0 {
+      switch self.share(page, limit: limit, isClaimed: false, region, share, bench, counters) {
+      case .settled(let count) where count > 0:
+        counters.broughtAlong.add(UInt64(count - 1))
+        return .resolved
+      case .deferred: return .deferred
+      case .settled, .failed: return fetchAndInstall(page, region, bench, counters)
+      }
+    }
     guard limit > 1, options.faultAround.maximum > 0,
       let run = try? fetchRun(page, limit: limit, region, bench, insists: window > 1),
       run.count > 1
@@ -142,6 +151,18 @@ extension PagerSession {
       guard first < pages.upperBound else { return first }
     }
     let limit = min(room, pages.upperBound - first)
+    if let share = region.share {
+      guard region.states.claim(from: first, limit: 1) == 1 else { return first + 1 }
+      guard
+        case .settled(let count) = self.share(
+          first, limit: limit, isClaimed: false, region, share, bench, counters), count > 0
+      else {
+        giveBack(region, first..<first + 1)
+        return pages.upperBound
+      }
+      counters.broughtAlong.add(UInt64(count))
+      return first + count
+    }
     guard let run = try? fetchRun(first, limit: limit, region, bench, insists: true),
       run.count > 0
     else { return pages.upperBound }

@@ -73,6 +73,10 @@ public final class PagerSession<Source: PageSource>: Sendable {
     process: consuming OwnedDescriptor? = nil
   ) throws(PagerError) {
     try Self.validate(regions)
+    guard regions.allSatisfy({ $0.share == nil }) || userfaultfd.features.contains(.removeEvents)
+    else {
+      throw PagerError(.invalidRegion, "a clone's userfaultfd needs REMOVE events, and has none")
+    }
     let userfaultfd = userfaultfd
     if registers {
       for region in regions {

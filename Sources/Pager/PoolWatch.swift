@@ -79,48 +79,30 @@ final class PoolWatch: Sendable {
   // MARK: - The threads
 
   func serve(_ tools: inout PoolTools) {
-    // Sessions that have more to do than they were reported for; this thread has them.
+    // Sessions that have more to do than they were reported for; this thread has them. Nobody is
+    // kept in here for longer than that.
     var eager: [(guest: any PooledGuest, seat: Int)] = []
     eager.reserveCapacity(seats.count)
-    var next = 0
     while !isStopping.load(ordering: .acquiring) {
-      let isIdle = next == eager.count
-      guard let event = try? poller.wait(milliseconds: isIdle ? -1 : 0) ?? nil else {
-        takeEager(&eager, &next, &tools)
-        continue
-      }
-      let seat = Int(event.tag >> Kind.bits)
-      switch Kind(rawValue: event.tag & (1 << Kind.bits - 1)) {
-      case .stop, nil: return
-      case .process:
-        seats[seat].guest.withLock { $0 }?.processHasEnded()
-      case .faults:
-        // One that took the seat meanwhile finds nothing to read.
-        if let guest = seats[seat].guest.withLock({ $0 }) {
-          turn(guest, seat, isReadable: event.isReadable, &eager, &tools)
+      if let event = try? poller.wait(milliseconds: eager.isEmpty ? -1 : 0) ?? nil {
+        let seat = Int(event.tag >> Kind.bits)
+        switch Kind(rawValue: event.tag & (1 << Kind.bits - 1)) {
+        case .stop, nil: return
+        case .process:
+          seats[seat].guest.withLock { $0 }?.processHasEnded()
+        case .faults:
+          // One that took the seat meanwhile finds nothing to read.
+          if let guest = seats[seat].guest.withLock({ $0 }) {
+            turn(guest, seat, isReadable: event.isReadable, &eager, &tools)
+          }
         }
       }
-      takeEager(&eager, &next, &tools)
+      // The one that has waited longest of those who have more to do.
+      if !eager.isEmpty {
+        let (guest, seat) = eager.removeFirst()
+        turn(guest, seat, isReadable: true, &eager, &tools)
+      }
     }
-  }
-
-  /// Serves the one that has waited longest of those who have more to do.
-  private func takeEager(
-    _ eager: inout [(guest: any PooledGuest, seat: Int)], _ next: inout Int,
-    _ tools: inout PoolTools
-  ) {
-    guard next < eager.count else {
-      if next > 0 { eager.removeAll(keepingCapacity: true) }
-      next = 0
-      return
-    }
-    let (guest, seat) = eager[next]
-    next += 1
-    if next > seats.count / 2 {
-      eager.removeFirst(next)
-      next = 0
-    }
-    turn(guest, seat, isReadable: true, &eager, &tools)
   }
 
   private func turn(

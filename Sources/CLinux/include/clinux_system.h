@@ -109,6 +109,11 @@ static inline long clinux_unlinkat(int dirfd, const char *path) {
   return clinux_result(unlinkat(dirfd, path, 0));
 }
 
+/// F_ADD_SEALS, with those that the kernel knows (F_SEAL_FUTURE_WRITE is of Linux 5.1).
+static inline long clinux_add_seals(int fd, int seals) {
+  // F_ADD_SEALS, which <fcntl.h> has with _GNU_SOURCE only.
+  return clinux_result(fcntl(fd, 1033, seals));
+}
 static inline long clinux_memfd_create(const char *name, unsigned flags) {
   return clinux_result(syscall(SYS_memfd_create, name, flags));
 }

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import GuestMemory
+public import LinuxSystem
+internal import Synchronization
+public import SystemPackage
+
+/// The clean pages of one region of an image, once for all clones of it on this host.
+///
+/// A memory file (tmpfs or hugetlbfs) is filled page by page, the first time that some clone
+/// needs a page. Each clone maps it privately (`makeMapping`, or MAP_PRIVATE of a descriptor from
+/// `duplicate`) and is registered MISSING|MINOR: clean pages arrive by UFFDIO_CONTINUE and are
+/// the same memory in all clones; what a clone writes is copied by the kernel and its own.
+///
+/// Nobody but this cache writes to the file. It can neither grow nor shrink (memfd_create(2),
+/// F_SEAL_GROW, F_SEAL_SHRINK). Without a limit it cannot be written to through any descriptor or
+/// new mapping either (F_SEAL_FUTURE_WRITE). With a limit pages have to be taken out again, which
+/// that seal forbids even to the cache; then give descriptors only to clones of other users.
+///
+/// The owner keeps it while a clone has pages of it: sessions do that by themselves.
+public final class SharedPageCache: Sendable {
+  /// Bytes of the region.
+  public let length: Int
+  /// The unit in which it is filled.
+  public let pageSize: PageSize
+  /// Bytes that it may take; `nil` for no limit.
+  public let limit: Int?
+
+  private let file: MemoryFile
+  private let alias: Mapping
+  /// absent, filling, or present in the file.
+  private let states: PageStateTable
+  /// For each page how many clones have it, or are about to.
+  private let holders: HolderCounts
+  private let used = Atomic<Int>(0)
+  private let evicted = Atomic<Int>(0)
+  /// Where the search for a page that nobody has goes on.
+  private let hand = Atomic<Int>(0)
+
+  /// An empty cache.
+  ///
+  /// - Parameters:
+  ///   - length: bytes of the region; a multiple of the page size.
+  ///   - pageSize: 4 KiB gives tmpfs, 2 MiB hugetlbfs, whose pages come from the pool.
+  ///   - limit: bytes, at least 1 MiB or a page. What finds no room goes to the one clone that
+  ///     asked for it (UFFDIO_COPY).
+  public init(
+    length: Int, pageSize: PageSize = .size4KiB, limit: Int? = nil
+  ) throws(Errno) {
+    file = try MemoryFile(name: "faultline-clean-pages", length: length, pageSize: pageSize)
+    alias = try Mapping(of: file.descriptor, length: length, sharing: .shared)
+    states = try PageStateTable(pageCount: length / pageSize.bytes)
+    holders = try HolderCounts(pages: length / pageSize.bytes)
+    self.length = length
+    self.pageSize = pageSize
+    self.limit = limit.map { max($0, 1 << 20, pageSize.bytes) }
+    try file.seal(futureWrites: limit == nil)
+  }
+
+  /// Bytes that are in the file.
+  public var usedBytes: Int { used.load(ordering: .relaxed) }
+  /// Pages that were taken out to make room.
+  public var evictedPages: Int { evicted.load(ordering: .relaxed) }
+
+  /// A private mapping of the whole region, in this process, for one clone.
+  public func makeMapping() throws(Errno) -> Mapping {
+    try Mapping(of: file.descriptor, length: length, sharing: .private)
+  }
+
+  /// A descriptor that can only be read, for a clone in another process.
+  public func duplicateForReading() throws(Errno) -> OwnedDescriptor {
+    try OwnedDescriptor(
+      openingForReading: FilePath("/proc/self/fd/\(file.descriptor.rawValue)"))
+  }
+
+  // MARK: - For sessions
+
+  var pageCount: Int { states.pageCount }
+
+  /// Takes a share in the pages from one on that are there; how many.
+  ///
+  /// They stay until `release`, so that a clone may map them meanwhile.
+  func hold(from first: Int, limit: Int) -> Int {
+    var count = 0
+    while count < limit, first + count < pageCount {
+      let page = first + count
+      // Cheap first: a page that is not there is not to be counted.
+      guard states.load(page) == .present else { break }
+      holders.add(page)
+      // Pairs with the fence in `evict`: one of the two sees the other.
+      atomicMemoryFence(ordering: .sequentiallyConsistent)
+      guard states.load(page) == .present else {
+        holders.subtract(page)
+        break
+      }
+      count += 1
+    }
+    return count
+  }
+
+  /// Gives a share back.
+  func release(_ pages: Range<Int>) { for page in pages { holders.subtract(page) } }
+
+  /// Takes pages from one on that are not there, to fill them; how many.
+  func claim(from first: Int, limit: Int) -> Int { states.claim(from: first, limit: limit) }
+
+  /// Gives claimed pages back unfilled.
+  func giveBack(_ pages: Range<Int>) { states.fill(pages, with: .absent) }
+
+  /// Whether some other thread fills a page.
+  func isBeingFilled(_ page: Int) -> Bool { states.load(page) == .filling }
+
+  /// Fills claimed pages; they are there afterwards.
+  ///
+  /// - Returns: `false` when there is no room; then they are not claimed any more.
+  @unsafe
+  func fill(_ pages: Range<Int>, from bytes: UnsafeRawPointer) -> Bool {
+    let size = pages.count * pageSize.bytes
+    guard makeRoom(for: size) else {
+      giveBack(pages)
+      return false
+    }
+    let offset = pages.lowerBound * pageSize.bytes
+    if pageSize != .size4KiB {
+      do throws(Errno) {
+        // So that the copy cannot raise SIGBUS where the pool is empty.
+        try alias.advise(.populateWrite, offset: offset, length: size)
+      } catch {
+        used.wrappingSubtract(size, ordering: .relaxed)
+        giveBack(pages)
+        return false
+      }
+    }
+    // SAFETY: the caller vouches for the bytes; the alias maps the whole file, and claimed pages
+    // are this thread's.
+    unsafe (alias.pointer + offset).copyMemory(from: bytes, byteCount: size)
+    states.fill(pages, with: .present)
+    return true
+  }
+
+  // MARK: - Room
+
+  private func makeRoom(for bytes: Int) -> Bool {
+    guard let limit else {
+      used.wrappingAdd(bytes, ordering: .relaxed)
+      return true
+    }
+    // In turns over all pages, once.
+    var looked = 0
+    while used.wrappingAdd(bytes, ordering: .relaxed).newValue > limit {
+      used.wrappingSubtract(bytes, ordering: .relaxed)
+      var freed = 0
+      while freed < bytes, looked < pageCount {
+        let page = hand.wrappingAdd(1, ordering: .relaxed).oldValue % pageCount
+        looked += 1
+        if evict(page) { freed += pageSize.bytes }
+      }
+      guard freed > 0 else { return false }
+    }
+    return true
+  }
+
+  /// Takes a page out that no clone has.
+  private func evict(_ page: Int) -> Bool {
+    guard holders.load(page) == 0, states.exchange(page, from: .present, to: .filling) else {
+      return false
+    }
+    atomicMemoryFence(ordering: .sequentiallyConsistent)
+    guard holders.load(page) == 0 else {
+      states.store(page, .present)
+      return false
+    }
+    do throws(Errno) {
+      try file.punchHole(offset: page * pageSize.bytes, length: pageSize.bytes)
+    } catch {
+      states.store(page, .present)
+      return false
+    }
+    used.wrappingSubtract(pageSize.bytes, ordering: .relaxed)
+    evicted.wrappingAdd(1, ordering: .relaxed)
+    states.store(page, .absent)
+    return true
+  }
+}
+
+/// How many clones have each page: two bytes a page.
+@safe
+struct HolderCounts: ~Copyable, @unchecked Sendable {
+  // SAFETY: all access is atomic; the mapping lives as long as the counts.
+  private let storage: Mapping
+  private let counts: UnsafeMutablePointer<Atomic<UInt16>>
+
+  init(pages: Int) throws(Errno) {
+    let storage = try Mapping(anonymous: (pages * 2 + 4095) & ~4095)
+    // SAFETY: Atomic<UInt16> has the layout of UInt16; anonymous memory is zero.
+    unsafe counts = storage.pointer.assumingMemoryBound(to: Atomic<UInt16>.self)
+    self.storage = storage
+  }
+
+  func load(_ page: Int) -> UInt16 { unsafe counts[page].load(ordering: .acquiring) }
+
+  /// Stays at its maximum once it is there: that page is never taken out.
+  func add(_ page: Int) {
+    var found = unsafe counts[page].load(ordering: .relaxed)
+    while found < .max {
+      let (done, original) = unsafe counts[page].compareExchange(
+        expected: found, desired: found + 1, ordering: .acquiringAndReleasing)
+      if done { return }
+      found = original
+    }
+  }
+
+  func subtract(_ page: Int) {
+    var found = unsafe counts[page].load(ordering: .relaxed)
+    while found > 0, found < .max {
+      let (done, original) = unsafe counts[page].compareExchange(
+        expected: found, desired: found - 1, ordering: .acquiringAndReleasing)
+      if done { return }
+      found = original
+    }
+  }
+}
