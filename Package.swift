@@ -114,7 +114,7 @@ let package = Package(
       "BenchmarkSuite",
       [
         "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport", "MemoryImage",
-        "GuestMemory", "Userfault", "KVM", "LinuxSystem", "CMinimalHandler", "CZstd",
+        "GuestMemory", "Userfault", "KVM", "LinuxSystem", "CMinimalHandler", "CZstd", "CXXHash",
       ],
       path: "Benchmarks/BenchmarkSuite"),
 

@@ -15,41 +15,82 @@ import Userfault
 /// The pager at work on a guest of 1 GiB: fault-around, working sets, and filling in bulk.
 public struct PagerBenchmark {
   let rounds: Int
+  let only: String
 
   /// A benchmark of so many rounds, after one that is not counted.
-  public init(rounds: Int) { self.rounds = rounds }
+  ///
+  /// - Parameter only: measures what has this in its name.
+  public init(rounds: Int, only: String = "") {
+    self.rounds = rounds
+    self.only = only
+  }
 
   /// Runs everything and reports each result when it is there.
   public func run(_ report: (BenchmarkResult) throws -> Void) throws {
+    if isWanted("pager.clone") {
+      let clones = CloneBenchmark(length: 1 << 30, rounds: rounds)
+      for result in try clones.results() { try report(result) }
+    }
+    guard only.isEmpty || !only.contains("clone") else { return }
     let fixture = try PagerFixture(length: 1 << 30)
     defer { fixture.remove() }
-    try report(
-      try compare(fixture, "pager.\(fixture.name).sequential", .atLeast(8)) {
-        try fixture.touch(fixture.stored, .sequential)
-      } peer: {
-        try fixture.touchPeer(.sequential)
-      })
-    try fixture.record(.random)
-    try report(
-      try compare(fixture, "pager.\(fixture.name).random-recorded", .atLeast(10)) {
-        try fixture.touch(fixture.stored, .random)
-      } peer: {
-        try fixture.touchPeer(.random)
-      })
-    try report(
-      try compare(fixture, "pager.replay.stored", .atLeast(0.9)) {
-        try fixture.replay(fixture.stored)
-      } peer: {
-        try fixture.copyRaw()
-      })
-    let decoder = try ChunkDecodePeer(raw: fixture.raw, length: fixture.length, chunk: 32768)
-    try report(
-      try compare(fixture, "pager.replay.compressed", .atLeast(0.9)) {
-        try fixture.replay(fixture.compressed)
-      } peer: {
-        try seconds { try decoder.run() }
-      })
+    if isWanted("pager.sequential") {
+      try report(
+        try compare(fixture, "pager.\(fixture.name).sequential", .atLeast(8)) {
+          try fixture.touch(fixture.stored, .sequential)
+        } peer: {
+          try fixture.touchPeer(.sequential)
+        })
+    }
+    if isWanted("pager.random-recorded") {
+      try fixture.record(.random)
+      try report(
+        try compare(fixture, "pager.\(fixture.name).random-recorded", .atLeast(10)) {
+          try fixture.touch(fixture.stored, .random)
+        } peer: {
+          try fixture.touchPeer(.random)
+        })
+    }
+    if isWanted("pager.replay.stored") {
+      let peers = try BulkPeers(try MemoryImage(path: fixture.stored))
+      try report(
+        try compare(fixture, "pager.replay.stored", .atLeast(0.9)) {
+          try fixture.replay(fixture.stored)
+        } peer: {
+          try fixture.copyRaw()
+        })
+      try report(
+        try compare(fixture, "pager.replay.stored.floor", .none) {
+          try fixture.fill(peers)
+        } peer: {
+          try fixture.copyRaw()
+        })
+    }
+    if isWanted("pager.replay.compressed") {
+      let peers = try BulkPeers(try MemoryImage(path: fixture.compressed))
+      try report(
+        try compare(fixture, "pager.replay.compressed", .atLeast(0.9)) {
+          try fixture.replay(fixture.compressed)
+        } peer: {
+          try seconds { try peers.decode() }
+        })
+      try report(
+        try compare(fixture, "pager.replay.compressed.floor", .none) {
+          try fixture.fill(peers)
+        } peer: {
+          try seconds { try peers.decode() }
+        })
+    }
+    if isWanted("pager.pool") {
+      try report(try FairnessBenchmark(image: fixture.stored, rounds: rounds).result())
+    }
+    if isWanted("serve") {
+      let service = ServiceBenchmark(image: fixture.stored, rounds: rounds)
+      for result in try service.results() { try report(result) }
+    }
   }
+
+  private func isWanted(_ name: String) -> Bool { only.isEmpty || name.contains(only) }
 
   /// Pages a second, ours and the peer's in turns.
   private func compare(
@@ -181,15 +222,10 @@ final class PagerFixture: Sendable {
     }
   }
 
-  /// A userfaultfd that threads share.
-  private final class RawTarget: Sendable {
-    let userfaultfd: Userfaultfd
-    let range: HostRange
-    init(_ range: HostRange) throws {
-      let userfaultfd = try Userfaultfd(wanting: [])
-      try userfaultfd.register(range, modes: .missing)
-      self.userfaultfd = userfaultfd
-      self.range = range
-    }
+  /// Seconds that the least takes which any filler has to do.
+  func fill(_ peers: BulkPeers) throws -> Double {
+    let memory = try GuestMemoryObject(backing: .anonymous, length: length)
+    let target = try RawTarget(memory.range)
+    return try seconds { try peers.fill(target) }
   }
 }

@@ -87,6 +87,15 @@ public struct GuestMemoryObject: ~Copyable, Sendable {
     self.init(backing: .guestMemfd, mapping: mapping, file: file)
   }
 
+  /// A clone's private mapping of clean pages that others have too (`SharedPageCache`); it has
+  /// no object of its own behind it.
+  ///
+  /// - Parameter pageSize: of the object that it maps.
+  public init(cloneMapping mapping: consuming Mapping, pageSize: PageSize) {
+    self.init(
+      backing: pageSize == .size4KiB ? .memfd : .hugetlb(pageSize), mapping: mapping, file: nil)
+  }
+
   private init(
     backing: MemoryBacking, mapping: consuming Mapping, file: consuming MemoryFile?
   ) {

@@ -1,38 +1,81 @@
 // SPDX-License-Identifier: Apache-2.0
 
+internal import Glibc
 internal import LinuxSystem
 internal import Synchronization
 internal import SystemPackage
 
-/// What one thread needs to read a chunk of any image of a chain, and the content of the
-/// chunk that it read last.
+/// What one thread needs to read a chunk of any image of a chain, and the contents of the
+/// chunks that it read last: blocks that are equal are stored once, so that whoever reads a
+/// region upwards looks into other chunks now and then, and comes back.
 final class ChunkDecoder {
+  /// Contents that are kept.
+  private static let ways = 3
+
   let decompressor: ZstdDecompressor
   private let mapping: Mapping
   /// Bytes of the content of the chain's largest chunk. A frame that is longer than its
   /// content is not made, so there is as much room for a frame.
   let room: Int
-  /// The number in the chain of the first block in `content`, which is checked; -1 for none.
-  var firstBlock = -1
-  /// Bytes of it.
-  var contentLength = 0
+  /// For each content the number in the chain of its first block, which is checked; -1 for none.
+  private var firstBlocks = InlineArray<3, Int>(repeating: -1)
+  /// Bytes of each.
+  private var lengths = InlineArray<3, Int>(repeating: 0)
+  private var usedAt = InlineArray<3, UInt64>(repeating: 0)
+  private var clock: UInt64 = 0
+  private var way = 0
 
   /// Room for chunks of so many blocks.
   init(blocks: Int) throws(Errno) {
     room = blocks * ImageLimits.blockSize
-    mapping = try Mapping(anonymous: 2 * room)
+    mapping = try Mapping(anonymous: (Self.ways + 1) * room)
     guard let decompressor = ZstdDecompressor() else { throw .noMemory }
     self.decompressor = decompressor
   }
 
-  /// Room for the content.
-  var content: UnsafeMutableRawPointer { unsafe mapping.pointer }
+  /// Makes the content of a chunk the one in hand, if it is there.
+  func select(firstBlock: Int) -> Bool {
+    for candidate in 0..<Self.ways where firstBlocks[candidate] == firstBlock {
+      take(candidate)
+      return true
+    }
+    return false
+  }
+
+  /// Takes the room of the content that was used longest ago; it holds no chunk from here on.
+  func makeRoom() {
+    var oldest = 0
+    for candidate in 1..<Self.ways where usedAt[candidate] < usedAt[oldest] { oldest = candidate }
+    take(oldest)
+    firstBlocks[oldest] = -1
+  }
+
+  private func take(_ way: Int) {
+    clock &+= 1
+    usedAt[way] = clock
+    self.way = way
+  }
+
+  /// Of the content in hand.
+  var firstBlock: Int {
+    get { firstBlocks[way] }
+    set { firstBlocks[way] = newValue }
+  }
+
+  /// Bytes of the content in hand.
+  var contentLength: Int {
+    get { lengths[way] }
+    set { lengths[way] = newValue }
+  }
+
+  /// Room for the content in hand.
+  var content: UnsafeMutableRawPointer { unsafe mapping.pointer + way * room }
   /// Room for the frame.
-  var frame: UnsafeMutableRawPointer { unsafe mapping.pointer + room }
+  var frame: UnsafeMutableRawPointer { unsafe mapping.pointer + Self.ways * room }
 }
 
 /// Decoders of a chain of images that no thread uses now. Taking one and giving it back takes
-/// no lock. There are as many as threads have read at once, and two: each has about 200 KiB.
+/// no lock. There are as many as threads have read at once, and two: each has about 250 KiB.
 @safe
 final class DecoderPool: @unchecked Sendable {
   // SAFETY: the slots are atomics; a decoder is in one slot or with one thread.
@@ -67,7 +110,8 @@ final class DecoderPool: @unchecked Sendable {
     noMemory: (Errno) -> Failure, _ body: (ChunkDecoder) throws(Failure) -> Value
   ) throws(Failure) -> Value {
     let decoder: ChunkDecoder
-    if let free = take(from: 0..<Self.slotCount) {
+    // Mostly the one that this thread had last, with the chunks that it read last.
+    if let free = take(from: home..<home + 1) ?? take(from: 0..<Self.slotCount) {
       decoder = free
     } else {
       do throws(Errno) {
@@ -78,6 +122,12 @@ final class DecoderPool: @unchecked Sendable {
     }
     defer { put(decoder) }
     return try body(decoder)
+  }
+
+  /// The slot that the calling thread looks into first.
+  private var home: Int {
+    // Its address, mixed (Knuth's multiplicative hash); the six highest bits.
+    Int(((UInt64(pthread_self()) >> 12) &* 0x9E37_79B9_7F4A_7C15) >> 58)
   }
 
   private func take(from range: Range<Int>) -> ChunkDecoder? {
@@ -95,7 +145,9 @@ final class DecoderPool: @unchecked Sendable {
   private func put(_ decoder: ChunkDecoder) {
     let retained = unsafe Unmanaged.passRetained(decoder)
     let bits = unsafe UInt(bitPattern: retained.toOpaque())
-    for slot in 0..<Self.slotCount {
+    let home = home
+    for offset in 0..<Self.slotCount {
+      let slot = (home + offset) % Self.slotCount
       let (isStored, _) = unsafe (slots + slot).pointee.compareExchange(
         expected: 0, desired: bits, ordering: .releasing)
       if isStored { return }

@@ -55,4 +55,8 @@ extension MemoryImage {
     }
     return usage
   }
+
+  /// Where its own chunks are in its file, in bytes: for benchmarks that decode them by
+  /// themselves.
+  package var chunkPlaces: [Range<Int>] { own.places(pages) }
 }

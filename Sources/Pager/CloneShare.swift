@@ -25,22 +25,39 @@ final class CloneShare: @unchecked Sendable {
 
   /// Notes that the clone has pages whose share it took.
   func note(_ pages: Range<Int>) {
-    for page in pages {
-      let before = unsafe bits[page / 8].bitwiseOr(
-        1 << UInt8(page % 8), ordering: .acquiringAndReleasing
-      ).oldValue
-      // It had the page before, and has one share of it.
-      if before & (1 << UInt8(page % 8)) != 0 { cache.release(page..<page + 1) }
+    eachByte(of: pages) { byte, mask in
+      let before = unsafe bits[byte].bitwiseOr(mask, ordering: .acquiringAndReleasing).oldValue
+      // It had these pages before, and has one share of each.
+      releaseShares(byte, before & mask)
     }
   }
 
   /// Gives back what the clone has of some pages.
   func release(_ pages: Range<Int>) {
-    for page in pages {
-      let bit: UInt8 = 1 << UInt8(page % 8)
-      guard unsafe bits[page / 8].load(ordering: .relaxed) & bit != 0 else { continue }
-      let before = unsafe bits[page / 8].bitwiseAnd(~bit, ordering: .acquiringAndReleasing).oldValue
-      if before & bit != 0 { cache.release(page..<page + 1) }
+    eachByte(of: pages) { byte, mask in
+      guard unsafe bits[byte].load(ordering: .relaxed) & mask != 0 else { return }
+      let before = unsafe bits[byte].bitwiseAnd(~mask, ordering: .acquiringAndReleasing).oldValue
+      releaseShares(byte, before & mask)
+    }
+  }
+
+  /// The bytes of the bits of some pages, and which bits of each.
+  @inline(__always)
+  private func eachByte(of pages: Range<Int>, _ body: (Int, UInt8) -> Void) {
+    var page = pages.lowerBound
+    while page < pages.upperBound {
+      let count = min(8 - page % 8, pages.upperBound - page)
+      body(page / 8, UInt8(truncatingIfNeeded: (1 << count - 1) << (page % 8)))
+      page += count
+    }
+  }
+
+  private func releaseShares(_ byte: Int, _ mask: UInt8) {
+    var rest = mask
+    while rest != 0 {
+      let page = byte * 8 + rest.trailingZeroBitCount
+      cache.release(page..<page + 1)
+      rest &= rest - 1
     }
   }
 }
@@ -59,10 +76,13 @@ enum ShareOutcome {
 // Pages of clones: from the cache, which is filled first where it lacks them. No lock but the
 // session's gate is taken, and nothing is allocated.
 extension PagerSession {
+  /// Bytes of clean pages that are mapped in one step.
+  static var sharedLength: Int { 1 << 20 }
+
   /// Brings a page that this thread has claimed, and those after it that are to be had with it.
   ///
   /// - Parameters:
-  ///   - limit: pages from that one on, at least 1, at most what the bench holds.
+  ///   - limit: pages from that one on, at least 1.
   ///   - isClaimed: all of them are claimed; otherwise the first, and the others are claimed when
   ///     their content is there.
   func share(
@@ -83,7 +103,8 @@ extension PagerSession {
         }
         return .settled(done)
       }
-      let claimed = cache.claim(from: first, limit: limit)
+      let room = max(1, min(bench.length, Self.pieceLength) / region.pageSize.bytes)
+      let claimed = cache.claim(from: first, limit: min(limit, room))
       if claimed > 0 {
         return bring(
           first, count: claimed, isClaimed: isClaimed, fillsZeros: fillsZeros, region, share, bench,

@@ -88,7 +88,8 @@ extension PagerSession {
     _ counters: borrowing WorkerCounters, isReplay: Bool
   ) {
     let size = region.pageSize.bytes
-    let piece = max(1, Self.pieceLength / size)
+    // Mapping what a cache has costs less than copying, so more of it fits into a step.
+    let piece = max(1, (region.share == nil ? Self.pieceLength : Self.sharedLength) / size)
     var page = pages.lowerBound
     while page < pages.upperBound {
       let limit = min(piece, pages.upperBound - page)

@@ -44,28 +44,51 @@ extension PagerSession {
     try fill(pieces(of: runs), isReplay: true, progress: progress)
   }
 
-  /// The pages of a working set that the session has, in its order.
+  /// The pages of a working set that the session has, in its order, but those that lie within a
+  /// step of each other together: bringing them one by one costs several times as much, and all
+  /// of them are wanted.
   func pieces(of runs: [WorkingSetRun]) -> [FillPiece] {
-    var pieces: [FillPiece] = []
+    var isWanted = regions.map { [Bool](repeating: false, count: $0.pageCount) }
+    var isListed = regions.map { region in
+      [Bool](repeating: false, count: region.pageCount / pagesInStep(region) + 1)
+    }
+    var steps: [(region: Int, step: Int)] = []
     for run in runs {
       let wanted = run.firstBlock * 4096..<(run.firstBlock + run.blockCount) * 4096
-      for region in regions where region.sourceRegion == run.region {
+      for (number, region) in regions.enumerated() where region.sourceRegion == run.region {
         let size = region.pageSize.bytes
         let own = region.sourceOffset..<region.sourceOffset + region.host.length
         let part = wanted.clamped(to: own)
         guard !part.isEmpty else { continue }
         let first = (part.lowerBound - own.lowerBound) / size
         let last = (part.upperBound - own.lowerBound + size - 1) / size
-        // Short pieces keep the order although several threads work.
-        let step = max(1, Self.replayLength / size)
-        for page in stride(from: first, to: last, by: step) {
-          pieces.append(FillPiece(region: region, pages: page..<min(page + step, last)))
+        for page in first..<last {
+          isWanted[number][page] = true
+          let step = page / pagesInStep(region)
+          if !isListed[number][step] {
+            isListed[number][step] = true
+            steps.append((number, step))
+          }
         }
+      }
+    }
+    var pieces: [FillPiece] = []
+    for (number, step) in steps {
+      let region = regions[number]
+      let length = pagesInStep(region)
+      var page = step * length
+      let end = min(page + length, region.pageCount)
+      while page < end {
+        let first = page
+        while page < end, isWanted[number][page] { page += 1 }
+        if page > first { pieces.append(FillPiece(region: region, pages: first..<page)) }
+        page += 1
       }
     }
     return pieces
   }
 
-  /// Bytes that one thread brings before the next one goes on behind it.
-  private static var replayLength: Int { 1 << 20 }
+  private func pagesInStep(_ region: PagedRegion) -> Int {
+    max(1, (region.share == nil ? Self.pieceLength : Self.sharedLength) / region.pageSize.bytes)
+  }
 }

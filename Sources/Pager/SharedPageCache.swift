@@ -82,20 +82,17 @@ public final class SharedPageCache: Sendable {
   /// They stay until `release`, so that a clone may map them meanwhile.
   func hold(from first: Int, limit: Int) -> Int {
     var count = 0
-    while count < limit, first + count < pageCount {
-      let page = first + count
-      // Cheap first: a page that is not there is not to be counted.
-      guard states.load(page) == .present else { break }
-      holders.add(page)
-      // Pairs with the fence in `evict`: one of the two sees the other.
-      atomicMemoryFence(ordering: .sequentiallyConsistent)
-      guard states.load(page) == .present else {
-        holders.subtract(page)
-        break
-      }
+    // A page that is not there is not to be counted.
+    while count < limit, first + count < pageCount, states.load(first + count) == .present {
+      holders.add(first + count)
       count += 1
     }
-    return count
+    // Pairs with the fence in `evict`: one of the two sees the other.
+    atomicMemoryFence(ordering: .sequentiallyConsistent)
+    var there = 0
+    while there < count, states.load(first + there) == .present { there += 1 }
+    release(first + there..<first + count)
+    return there
   }
 
   /// Gives a share back.

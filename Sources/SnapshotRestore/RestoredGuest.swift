@@ -27,6 +27,9 @@ public struct RestoreOptions: Sendable {
   public var strategy: RestoreStrategy
   /// With guest_memfd: how pages come; `nil` takes the best one that works here.
   public var guestMemfd: GuestMemfdStrategy?
+  /// Makes the guest a clone: its clean pages are those of the cache, of which there is one for
+  /// the image's region. `backing` and `mode` do not count then.
+  public var cleanPages: SharedPageCache?
   /// Whether the image's working set is brought while the guest starts.
   public var replaysWorkingSet = true
   /// The threads and callbacks of the pager.
@@ -101,6 +104,9 @@ public final class RestoredGuest: Sendable {
       let made = try GuestMemfdParts(Self.strategy(options), length: region.length)
       memory = GuestMemoryHandle(try made.makeMemory(length: region.length))
       parts = made
+    } else if let cache = options.cleanPages {
+      parts = nil
+      memory = GuestMemoryHandle(try Self.makeClone(cache, region.length))
     } else {
       parts = nil
       memory = GuestMemoryHandle(try Self.makeMemory(options.backing, region.length))
@@ -184,6 +190,17 @@ public final class RestoredGuest: Sendable {
     }
   }
 
+  private static func makeClone(
+    _ cache: SharedPageCache, _ length: Int
+  ) throws(SnapshotError) -> GuestMemoryObject {
+    do throws(Errno) {
+      guard cache.length == length else { throw .invalidArgument }
+      return GuestMemoryObject(cloneMapping: try cache.makeMapping(), pageSize: cache.pageSize)
+    } catch {
+      throw SnapshotError(.memory, "a clone of \(length >> 20) MiB cannot be mapped: \(error)")
+    }
+  }
+
   private static func makeSession(
     _ memory: borrowing GuestMemoryObject, _ image: MemoryImage, _ options: RestoreOptions,
     _ guestMemfd: GuestMemfdStrategy?, vcpus: Int
@@ -200,7 +217,11 @@ public final class RestoredGuest: Sendable {
         pager.stageTwoThreads = vcpus
         regions = [try PagedRegion(memory, mode: .missing, stageTwo: true)]
       case .twoWay?, nil:
-        regions = [try PagedRegion(memory, mode: options.mode)]
+        if let cache = options.cleanPages {
+          regions = [try PagedRegion(cloneOf: cache, host: memory.range)]
+        } else {
+          regions = [try PagedRegion(memory, mode: options.mode)]
+        }
       }
       let session = try PagerSession(
         userfaultfd: try Userfaultfd(wanting: PagerSession<ImageSource>.features.wanted),

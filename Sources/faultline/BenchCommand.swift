@@ -16,7 +16,7 @@ struct BenchCommand: ParsableCommand {
       faultline bench fault                 latency of one fault, and restores of two sizes
       faultline bench fault --rounds 15 --json
       faultline bench image                 images against zstd
-      faultline bench pager                 fault-around, working sets, filling in bulk
+      faultline bench pager                 fault-around, working sets, clones, the daemon
       faultline bench snapshot              snapshots of a running guest
 
       Exit status: 0 all goals met; 1 one was missed.
@@ -28,10 +28,15 @@ struct BenchCommand: ParsableCommand {
   var name: Name
   @Option(help: "Rounds of each measurement. (default: 11 of fault, 5 of the others)")
   var rounds: Int?
+  @Option(help: "With pager: only what has this in its name, such as replay or serve.")
+  var only = ""
   @Flag(help: "Print one JSON object a line.")
   var json = false
 
   func validate() throws {
+    guard only.isEmpty || name == .pager else {
+      throw ValidationError("--only goes with `bench pager`")
+    }
     guard (1...1000).contains(rounds ?? 1) else {
       throw ValidationError("--rounds must be 1 to 1000")
     }
@@ -48,7 +53,7 @@ struct BenchCommand: ParsableCommand {
     switch name {
     case .fault: try FaultBenchmark(rounds: rounds ?? 11).run(report)
     case .image: try ImageBenchmark(rounds: rounds ?? 5).run(report)
-    case .pager: try PagerBenchmark(rounds: rounds ?? 5).run(report)
+    case .pager: try PagerBenchmark(rounds: rounds ?? 5, only: only).run(report)
     case .snapshot: try SnapshotBenchmark(rounds: rounds ?? 5).run(report)
     }
     if !allMet { throw ExitCode(1) }
