@@ -60,8 +60,8 @@ final class ControlService: Sendable {
       answer(.ok, session.summary(withStatistics: true))
     }
     await addRoute(server, "DELETE /v1/sessions/:id") { [self] session, _ in
-      guard supervisor.detach(session, limit: nil, "an operator detached it") else {
-        return failure(.conflict, "session \(session.id) is \(session.currentPhase.rawValue)")
+      guard supervisor.detach(session, "an operator detached it") else {
+        return notServing(session)
       }
       return answer(.accepted, session.summary(withStatistics: false))
     }
@@ -73,11 +73,14 @@ final class ControlService: Sendable {
       guard (request.rate ?? 1) > 0 else {
         return failure(.badRequest, "\"rate\" is not at least 1 byte a second")
       }
+      guard session.currentPhase == .serving else { return notServing(session) }
       session.pager.stopFill()
       try session.startFill(rate: request.rate, replays: false)
       return answer(.accepted, session.summary(withStatistics: false))
     }
     await addRoute(server, "DELETE /v1/sessions/:id/fill") { [self] session, _ in
+      // What lets go of a guest needs it filled.
+      guard session.currentPhase == .serving else { return notServing(session) }
       session.pager.stopFill()
       return answer(.accepted, session.summary(withStatistics: false))
     }
@@ -142,6 +145,10 @@ final class ControlService: Sendable {
     return HTTPResponse(
       statusCode: status, headers: [.contentType: "application/json"],
       body: body + Data("\n".utf8))
+  }
+
+  private func notServing(_ session: GuestSession) -> HTTPResponse {
+    failure(.conflict, "session \(session.id) is \(session.currentPhase.rawValue)")
   }
 
   private func failure(_ status: HTTPStatusCode, _ text: String) -> HTTPResponse {

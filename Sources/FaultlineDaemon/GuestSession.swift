@@ -111,27 +111,40 @@ final class GuestSession: Sendable {
 
   // MARK: - The end
 
+  /// How an attempt to let go of a VMM ended.
+  enum Detachment {
+    /// All that has data is there, or the VMM is gone.
+    case complete
+    /// There was no time for it: what is missing is a memory error.
+    case cutShort
+    /// It is served as before.
+    case stays
+  }
+
   /// Fills everything, and lets go of the guest's memory: it needs nobody from here on. Blocks.
   ///
-  /// - Parameter limit: seconds after which pages that did not come are memory errors.
-  /// - Returns: whether the session is over; `false` leaves it serving.
-  func detach(limit: TimeInterval?) -> Bool {
+  /// - Parameter isOver: whether there is no more time; pages that did not come are memory errors
+  ///   then. Without an end to the time, what cannot be filled stays served.
+  func detach(isOver: () -> Bool) -> Detachment {
     pager.stopFill()
-    let deadline = limit.map { Date(timeIntervalSinceNow: $0) }
-    do {
-      try pager.startFill([], rate: nil)
-      while pager.fillProgress.phase != .done, pager.fillProgress.phase != .idle {
-        if let deadline, Date() > deadline {
-          log.warning("not all of it was filled in time; what is missing is a memory error now")
-          pager.stopFill()
-          break
-        }
-        usleep(2000)
+    while !pager.hasEnded, !isFilled {
+      if isOver() {
+        log.warning("not all of it was filled in time; what is missing is a memory error now")
+        pager.stopFill()
+        return letGo() ? .cutShort : .stays
       }
-    } catch {
-      log.error("it cannot be filled: \(error)")
+      if pager.fillProgress.phase == .idle || pager.fillProgress.phase == .done {
+        // The first time, or somebody ended it meanwhile.
+        do {
+          try pager.startFill([], rate: nil)
+        } catch {
+          log.error("it cannot be filled: \(error)")
+          return .stays
+        }
+      }
+      Pause.milliseconds(2)
     }
-    return letGo()
+    return letGo() ? .complete : .stays
   }
 
   /// Lets go of memory that may still be in use.

@@ -3,6 +3,7 @@
 internal import HandoverProtocol
 internal import LinuxSystem
 internal import Logging
+internal import MemoryImage
 internal import Pager
 internal import Synchronization
 internal import SystemPackage
@@ -16,6 +17,9 @@ final class Supervisor: Sendable {
   private let poller: Poller
   private let stopSign: EventDescriptor
   private let ends = Monitor(0)
+  private let hasNoTime = Atomic<Bool>(false)
+  /// Whether a VMM was let go of with pages missing.
+  let hasCutShort = Atomic<Bool>(false)
   private let thread = Mutex<JoinedThread?>(nil)
   private let log: Logger
   private static var stopTag: UInt64 { 0 }
@@ -70,28 +74,35 @@ final class Supervisor: Sendable {
     inThread(session) { session in
       session.connection?.push(.ended(reason))
       // A process that goes on without the connection must not read zeros.
-      guard session.letGo() else {
+      if !session.letGo() {
         self.waitForProcess(session)
         session.pager.release()
-        return self.remove(session, reason)
       }
       self.remove(session, reason)
     }
   }
 
-  /// Fills a session and lets it go.
+  /// Fills a session and lets it go. Once `hurry` was called, or was before, it is let go of as
+  /// it is.
   ///
   /// - Returns: `false` when it is ending, or detaching, already.
-  func detach(_ session: GuestSession, limit: Double?, _ reason: String) -> Bool {
+  func detach(_ session: GuestSession, _ reason: String) -> Bool {
     guard session.enter(.detaching) else { return false }
-    inThread(session) { session in
-      guard session.detach(limit: limit) else { return session.stay() }
+    inThread(session) { [self] session in
+      switch session.detach(isOver: { hasNoTime.load(ordering: .acquiring) }) {
+      case .stays: return session.stay()
+      case .cutShort: hasCutShort.store(true, ordering: .releasing)
+      case .complete: break
+      }
       guard session.enter(.ending) else { return }
       session.connection?.push(.ended(reason))
       self.remove(session, reason)
     }
     return true
   }
+
+  /// There is no more time for filling.
+  func hurry() { hasNoTime.store(true, ordering: .releasing) }
 
   private func inThread(
     _ session: GuestSession, _ body: @escaping @Sendable (GuestSession) -> Void
@@ -111,11 +122,7 @@ final class Supervisor: Sendable {
   }
 
   private func waitForProcess(_ session: GuestSession) {
-    while !session.pager.hasEnded, !stopped { Pause.milliseconds(100) }
-  }
-
-  private var stopped: Bool {
-    (try? PollSet(stopSign.descriptor.rawValue, -1).wait(milliseconds: 0)) != nil
+    while !session.pager.hasEnded { Pause.milliseconds(100) }
   }
 
   private func remove(_ session: GuestSession, _ reason: String) {
@@ -125,8 +132,10 @@ final class Supervisor: Sendable {
       "session \(session.id) has ended: \(reason)",
       metadata: [
         "session": "\(session.id)", "faults": "\(statistics.faults)",
-        "failed-pages": "\(statistics.failedPages)",
-      ])
+        "failed-pages": "\(statistics.failedPages)", "image": "\(session.image.path)",
+        "name": session.identity.name.map { "\($0)" },
+        "pid": "\(session.identity.peer.processID)", "uid": "\(session.identity.peer.userID)",
+      ].compactMapValues { $0 })
   }
 }
 
