@@ -17,13 +17,13 @@ public final class Daemon {
   public enum Ending: Sendable {
     /// All sessions were over, or were filled and let go of.
     case drained
-    /// Some were not filled in time, or the second signal came.
+    /// Some were not filled in time, or before the second signal.
     case interrupted
   }
 
   private let configuration: DaemonConfiguration
   private let log: Logger
-  private let manager: ServiceManager
+  private var manager: ServiceManager
   private let registry = SessionRegistry()
   private let images = ImageRegistry()
   private let pool: PagerPool
@@ -53,12 +53,11 @@ public final class Daemon {
     try checkImages()
     try supervisor.start()
     try openListeners()
+    try checkInherited()
     try openServers()
     manager.notify("READY=1\nSTATUS=\(configuration.listen.count) sockets for VMMs")
     log.info("ready: \(Self.description(of: configuration))")
-    var beats = 0
-    while Signals.wait(seconds: 5) == nil {
-      beats += 1
+    while Signals.wait(seconds: manager.interval) == nil {
       manager.notify("WATCHDOG=1\nSTATUS=\(registry.count) sessions")
     }
     return drain()
@@ -81,17 +80,24 @@ public final class Daemon {
   private func openListeners() throws {
     let attachment = Attachment(registry, images, supervisor, pool, log: log)
     for socket in configuration.listen {
-      let name = FilePath(socket.socket).lastComponent?.string ?? ""
-      let inherited = manager.sockets.first {
-        $0.name == name || $0.name == socket.socket || manager.sockets.count == 1
-      }
       let listener = try VMMListener(
-        socket, inherited: inherited?.descriptor ?? -1, log: log)
+        socket, inherited: manager.takeSocket(for: socket.socket) ?? -1, log: log)
       listeners.append(listener)
       try listener.start { connection, stopSign in
         attachment.handle(connection, stopSign: stopSign, socket)
       }
     }
+  }
+
+  /// One that nobody takes would have VMMs wait for ever.
+  private func checkInherited() throws {
+    guard let socket = manager.sockets.first else { return }
+    throw DaemonError(
+      socket.path == nil
+        ? "the inherited descriptor \(socket.descriptor) (\"\(socket.name)\") is no Unix stream "
+          + "socket that listens"
+        : "the inherited socket \(socket.path ?? "") (\"\(socket.name)\") is none of the "
+          + "configuration's: give it that path, or FileDescriptorName= the path's last part")
   }
 
   private func openServers() throws {
@@ -170,22 +176,31 @@ public final class Daemon {
   private func drain() -> Ending {
     control.isDraining.store(true, ordering: .releasing)
     manager.notify("STOPPING=1\nSTATUS=draining")
-    for listener in listeners { listener.stop() }
+    stopListeners()
     let sessions = registry.all
     let limit = Double(configuration.drainTimeoutMilliseconds) / 1000
     if !sessions.isEmpty {
       log.info(
         "\(sessions.count) sessions are filled, for at most \(limit) s; then they need nobody")
     }
-    for session in sessions { _ = supervisor.detach(session, limit: limit, "the daemon stops") }
-    let deadline = MonotonicClock.nanoseconds + UInt64((limit + 5) * 1e9)
-    var isComplete = true
+    for session in sessions { _ = supervisor.detach(session, "the daemon stops") }
+    var deadline = MonotonicClock.nanoseconds + UInt64(limit * 1e9)
+    var isHurried = false
+    var nextBeat: UInt64 = 0
     while registry.count > 0 {
-      guard Signals.wait(seconds: 0.02) == nil, MonotonicClock.nanoseconds < deadline else {
-        isComplete = false
-        break
+      let isOver = MonotonicClock.nanoseconds >= deadline
+      if MonotonicClock.nanoseconds >= nextBeat {
+        manager.notify("WATCHDOG=1\nSTATUS=draining, \(registry.count) sessions")
+        nextBeat = MonotonicClock.nanoseconds + UInt64(manager.interval * 1e9)
       }
+      guard Signals.wait(seconds: 0.02) != nil || isOver else { continue }
+      if isHurried { break }
+      // Letting go takes about 50 ns a page; who cannot be let go of is left.
+      isHurried = true
+      supervisor.hurry()
+      deadline = MonotonicClock.nanoseconds + 5_000_000_000
     }
+    let isComplete = registry.count == 0 && !supervisor.hasCutShort.load(ordering: .acquiring)
     for session in registry.all {
       log.error(
         "session \(session.id) is left as it is: whoever touches a page that is missing waits",
@@ -195,8 +210,14 @@ public final class Daemon {
     return isComplete ? .drained : .interrupted
   }
 
-  private func closeAll() {
+  /// Once: another daemon may have the path from here on.
+  private func stopListeners() {
     for listener in listeners { listener.stop() }
+    listeners = []
+  }
+
+  private func closeAll() {
+    stopListeners()
     for (server, task) in servers {
       task.cancel()
       Task.detached { await server.stop() }

@@ -5,27 +5,73 @@ internal import LinuxSystem
 internal import SystemPackage
 
 /// What systemd, or another manager that does as it does, is told and hands over
-/// (sd_notify(3), sd_listen_fds(3)).
+/// (sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)).
 struct ServiceManager: Sendable {
+  /// A socket that listens already.
+  struct Inherited: Sendable {
+    /// What the manager calls it; may be empty.
+    let name: String
+    /// Where it is bound; `nil` when it is no Unix stream socket that listens.
+    let path: String?
+    /// Its number; nobody else owns it.
+    let descriptor: CInt
+  }
+
   private let notifySocket: String?
-  /// Descriptors of sockets that listen already, by their names.
-  let sockets: [(name: String, descriptor: CInt)]
+  /// Not taken yet; each is taken once.
+  private(set) var sockets: [Inherited] = []
+  /// Seconds between signs of life: the manager wants twice as many.
+  let interval: Double
 
   /// - Parameter environment: of this process.
   init(environment: [String: String]) {
     notifySocket = environment["NOTIFY_SOCKET"]
+    let isWatched = environment["WATCHDOG_PID"].map { $0 == "\(getpid())" } ?? true
+    let limit = environment["WATCHDOG_USEC"].flatMap(UInt64.init).map { Double($0) / 2e6 }
+    interval = min(5, max(0.05, isWatched ? limit ?? 5 : 5))
     guard environment["LISTEN_PID"] == "\(getpid())",
       let count = environment["LISTEN_FDS"].flatMap(Int.init), (1...1024).contains(count)
-    else {
-      sockets = []
-      return
-    }
+    else { return }
     let names = (environment["LISTEN_FDNAMES"] ?? "").split(
       separator: ":", omittingEmptySubsequences: false)
     sockets = (0..<count).map { index in
       let descriptor = CInt(3 + index)
       _ = fcntl(descriptor, F_SETFD, FD_CLOEXEC)
-      return (index < names.count ? String(names[index]) : "", descriptor)
+      return Inherited(
+        name: index < names.count ? String(names[index]) : "", path: Self.path(of: descriptor),
+        descriptor: descriptor)
+    }
+  }
+
+  /// Takes the socket that is bound to a path, or else has it, or its last part, as its name.
+  mutating func takeSocket(for path: String) -> CInt? {
+    let last = FilePath(path).lastComponent?.string
+    let found =
+      sockets.firstIndex { $0.path == path }
+      ?? sockets.firstIndex { $0.path != nil && $0.name == path }
+      ?? sockets.firstIndex { $0.path != nil && $0.name == last }
+    return found.map { sockets.remove(at: $0).descriptor }
+  }
+
+  /// Where a Unix stream socket listens.
+  private static func path(of descriptor: CInt) -> String? {
+    var (isListening, kind): (CInt, CInt) = (0, 0)
+    var size = socklen_t(MemoryLayout<CInt>.size)
+    guard unsafe getsockopt(descriptor, SOL_SOCKET, SO_ACCEPTCONN, &isListening, &size) == 0,
+      unsafe getsockopt(descriptor, SOL_SOCKET, SO_TYPE, &kind, &size) == 0, isListening == 1,
+      kind == CInt(SOCK_STREAM.rawValue)
+    else { return nil }
+    var address = sockaddr_un()
+    var length = socklen_t(MemoryLayout<sockaddr_un>.size)
+    let result = unsafe withUnsafeMutablePointer(to: &address) { pointer in
+      unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) { address in
+        // SAFETY: `length` is the size of what `address` points to.
+        unsafe getsockname(descriptor, address, &length)
+      }
+    }
+    guard result == 0, address.sun_family == sa_family_t(AF_UNIX) else { return nil }
+    return unsafe withUnsafeBytes(of: &address.sun_path) { bytes in
+      unsafe String(decoding: bytes.prefix { $0 != 0 }, as: UTF8.self)
     }
   }
 

@@ -65,11 +65,13 @@ final class VMMListener: Sendable {
   private func accept(_ handle: @escaping @Sendable (consuming UnixSocket, CInt) -> Void) {
     let set = PollSet(listener.descriptor.rawValue, stopSign.descriptor.rawValue)
     let sign = stopSign.descriptor.rawValue
+    var isFailing = false
     while true {
       guard let ready = try? set.wait() else { continue }
       if ready.tag == 1 { return }
       do throws(Errno) {
         let socket = SocketBox(try listener.accept())
+        isFailing = false
         handovers.wait { count -> Void? in
           guard count < Self.handoverLimit else { return nil }
           count += 1
@@ -87,8 +89,11 @@ final class VMMListener: Sendable {
       } catch .resourceTemporarilyUnavailable {
         // It went away before it was accepted.
       } catch {
-        log.error("no VMM can be accepted on \(configuration.socket): \(error)")
-        // Such as too many open files: it is tried again.
+        // Such as too many open files: it is tried again, and said once.
+        if !isFailing {
+          log.error("no VMM can be accepted on \(configuration.socket): \(error)")
+        }
+        isFailing = true
         Pause.milliseconds(100)
       }
     }
