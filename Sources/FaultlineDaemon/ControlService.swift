@@ -3,10 +3,12 @@
 internal import FlyingFox
 internal import FlyingSocks
 internal import Foundation
+internal import LinuxSystem
 internal import Logging
 internal import MemoryImage
 internal import Pager
 internal import Synchronization
+internal import SystemPackage
 
 /// The control API (docs/control.md). What may take long runs in threads of its own.
 final class ControlService: Sendable {
@@ -29,27 +31,34 @@ final class ControlService: Sendable {
     self.log = log
   }
 
-  /// Adds health and metrics to a server.
-  func addMetrics(to server: HTTPServer) async {
-    await server.appendRoute("GET /metrics") { [self] _ in
-      HTTPResponse(
-        statusCode: .ok, headers: [.contentType: MetricsText.contentType],
-        body: Data(MetricsText(registry, images: images.count).text.utf8))
-    }
-    for path in ["GET /v1/health", "GET /health"] {
-      await server.appendRoute(HTTPRoute(path)) { [self] _ in
-        let isDraining = isDraining.load(ordering: .acquiring)
-        return answer(
-          isDraining ? .serviceUnavailable : .ok,
-          ControlMessage.Health(
-            status: isDraining ? "draining" : "ok", version: Self.version,
-            sessions: registry.count))
-      }
+  /// What is known to everybody: health and metrics.
+  func plainAnswer(_ path: String) -> PlainAnswer? {
+    switch path {
+    case "/metrics":
+      return PlainAnswer(
+        contentType: MetricsText.contentType,
+        body: MetricsText(registry, images: images.count).text)
+    case "/v1/health", "/health":
+      let isDraining = isDraining.load(ordering: .acquiring)
+      let health = ControlMessage.Health(
+        status: isDraining ? "draining" : "ok", version: Self.version, sessions: registry.count)
+      return PlainAnswer(
+        status: isDraining ? "503 Service Unavailable" : "200 OK",
+        body: String(decoding: Self.json(health), as: UTF8.self))
+    default: return nil
     }
   }
 
-  /// Adds all the rest.
-  func addControl(to server: HTTPServer) async {
+  /// Adds all paths to the server of the control socket.
+  func addRoutes(to server: HTTPServer) async {
+    for path in ["/metrics", "/v1/health", "/health"] {
+      await server.appendRoute(HTTPRoute("GET \(path)")) { [self] _ in
+        guard let answer = plainAnswer(path) else { return failure(.notFound, path) }
+        return HTTPResponse(
+          statusCode: answer.status.hasPrefix("200") ? .ok : .serviceUnavailable,
+          headers: [.contentType: answer.contentType], body: Data(answer.body.utf8))
+      }
+    }
     await server.appendRoute("GET /v1/sessions") { [self] _ in
       answer(
         .ok,
@@ -110,7 +119,8 @@ final class ControlService: Sendable {
     }
   }
 
-  /// A route of one session; what the body throws is the request's fault.
+  /// A route of one session, whose body may wait: it runs in a thread of its own, because the
+  /// cooperative pool has one for each processor.
   private func addRoute(
     _ server: HTTPServer, _ route: String,
     _ body: @escaping @Sendable (GuestSession, Data) throws -> HTTPResponse
@@ -126,7 +136,7 @@ final class ControlService: Sendable {
       }
       let data = length > 0 ? try await request.bodyData : Data()
       do {
-        return try body(session, data)
+        return try await Self.inThread { try body(session, data) }
       } catch let error as DecodingError {
         return failure(.badRequest, "the body is not as in docs/control.md: \(error)")
       } catch {
@@ -135,16 +145,32 @@ final class ControlService: Sendable {
     }
   }
 
+  private static func inThread(
+    _ body: @escaping @Sendable () throws -> HTTPResponse
+  ) async throws -> HTTPResponse {
+    try await withCheckedThrowingContinuation { continuation in
+      do throws(Errno) {
+        _ = try NamedThread(name: "control") {
+          continuation.resume(with: Result { try body() })
+        }
+      } catch {
+        continuation.resume(throwing: error)
+      }
+    }
+  }
+
   // MARK: - Answers
 
-  private func answer(_ status: HTTPStatusCode, _ value: some Encodable) -> HTTPResponse {
+  private static func json(_ value: some Encodable) -> Data {
     let encoder = JSONEncoder()
     encoder.keyEncodingStrategy = .convertToSnakeCase
     encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
-    let body = (try? encoder.encode(value)) ?? Data()
-    return HTTPResponse(
-      statusCode: status, headers: [.contentType: "application/json"],
-      body: body + Data("\n".utf8))
+    return ((try? encoder.encode(value)) ?? Data()) + Data("\n".utf8)
+  }
+
+  private func answer(_ status: HTTPStatusCode, _ value: some Encodable) -> HTTPResponse {
+    HTTPResponse(
+      statusCode: status, headers: [.contentType: "application/json"], body: Self.json(value))
   }
 
   private func notServing(_ session: GuestSession) -> HTTPResponse {

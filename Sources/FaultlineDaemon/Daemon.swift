@@ -30,7 +30,8 @@ public final class Daemon {
   private let supervisor: Supervisor
   private let control: ControlService
   private var listeners: [VMMListener] = []
-  private var servers: [(server: HTTPServer, task: Task<Void, any Error>)] = []
+  private var controlServer: ControlServer?
+  private var metrics: MetricsServer?
   private var controlPath: String?
 
   /// Prepares a service; nothing is listened on before `run`.
@@ -56,8 +57,9 @@ public final class Daemon {
     try checkInherited()
     try openServers()
     manager.notify("READY=1\nSTATUS=\(configuration.listen.count) sockets for VMMs")
-    log.info("ready: \(Self.description(of: configuration))")
+    log.info("ready: \(description)")
     while Signals.wait(seconds: manager.interval) == nil {
+      keepControl()
       manager.notify("WATCHDOG=1\nSTATUS=\(registry.count) sessions")
     }
     return drain()
@@ -101,73 +103,42 @@ public final class Daemon {
   }
 
   private func openServers() throws {
-    if let path = configuration.controlSocket {
-      try SocketPath.clear(path)
-      controlPath = path
-      let server = HTTPServer(
-        address: .unix(path: path), timeout: 60, logger: HTTPLog(log: log))
-      try SocketPath.withMode(0o600) {
-        try open(server, "the control socket \(path)") { [control] in
-          await control.addMetrics(to: server)
-          await control.addControl(to: server)
-        }
-      }
-    }
-    if let address = configuration.metricsAddress {
-      let bound: any SocketAddress
-      do {
-        bound =
-          address.host.contains(":")
-          ? try sockaddr_in6.inet6(ip6: address.host, port: address.port)
-          : try sockaddr_in.inet(
-            ip4: address.host == "localhost" ? "127.0.0.1" : address.host, port: address.port)
-      } catch {
-        throw DaemonError("metrics: \(address.host) is no address of this machine; give its number")
-      }
-      let server = Self.server(bound, log)
-      try open(server, "the metrics on \(address)") { [control] in
-        await control.addMetrics(to: server)
-      }
+    try openControl()
+    guard let address = configuration.metricsAddress else { return }
+    let server = try MetricsServer(address, log: log)
+    try server.start { [control] in control.plainAnswer($0) }
+    metrics = server
+  }
+
+  /// Opens the control socket, or opens it again: FlyingFox's server ends for good when a
+  /// connection cannot be accepted, such as with too many open files.
+  private func openControl() throws {
+    guard let path = configuration.controlSocket else { return }
+    if controlServer == nil { try SocketPath.clear(path) } else { unsafe unlink(path) }
+    controlPath = path
+    let server = HTTPServer(address: .unix(path: path), timeout: 60, logger: HTTPLog(log: log))
+    try SocketPath.withMode(0o600) {
+      controlServer = try ControlServer(server, control)
     }
   }
 
-  private static func server(_ address: some SocketAddress, _ log: Logger) -> HTTPServer {
-    HTTPServer(address: address, timeout: 60, logger: HTTPLog(log: log))
-  }
-
-  /// Starts an HTTP server and waits until it listens.
-  private func open(
-    _ server: HTTPServer, _ name: String, _ prepare: @escaping @Sendable () async -> Void
-  ) throws {
-    let result = Monitor<Result<Void, any Error>?>(nil)
-    let task = Task.detached {
-      await prepare()
-      do {
-        try await server.run()
-      } catch {
-        result.withLock { $0 = $0 ?? .failure(error) }
-        throw error
-      }
-    }
-    Task.detached {
-      if (try? await server.waitUntilListening(timeout: 10)) != nil {
-        result.withLock { $0 = $0 ?? .success(()) }
-      }
-    }
-    servers.append((server, task))
+  /// Opens the control socket again if it has ended.
+  private func keepControl() {
+    guard controlServer?.hasEnded == true else { return }
     do {
-      try result.wait { $0 }.get()
+      try openControl()
+      log.warning("the control socket had ended, and was opened again")
     } catch {
-      throw DaemonError("\(name) cannot be opened: \(error.localizedDescription)")
+      log.error("the control socket has ended: \(error)")
     }
   }
 
-  private static func description(of configuration: DaemonConfiguration) -> String {
+  private var description: String {
     var parts = configuration.listen.map {
       "\($0.handover.rawValue) on \($0.socket) from \($0.image)"
     }
     if let control = configuration.controlSocket { parts.append("control on \(control)") }
-    if let metrics = configuration.metricsAddress { parts.append("metrics on \(metrics)") }
+    if let metrics { parts.append("metrics on \(metrics.address)") }
     return parts.joined(separator: ", ")
   }
 
@@ -218,10 +189,8 @@ public final class Daemon {
 
   private func closeAll() {
     stopListeners()
-    for (server, task) in servers {
-      task.cancel()
-      Task.detached { await server.stop() }
-    }
+    controlServer?.stop()
+    metrics?.stop()
     if let controlPath { unsafe unlink(controlPath) }
     if registry.count == 0 {
       supervisor.stop()

@@ -101,7 +101,7 @@ final class VMMListener: Sendable {
 }
 
 /// Carries a connection to its thread.
-private final class SocketBox: Sendable {
+final class SocketBox: Sendable {
   private let socket: Mutex<UnixSocket?>
   init(_ socket: consuming UnixSocket) { self.socket = Mutex(socket) }
   func take() -> UnixSocket? { socket.withLock { $0.take() } }

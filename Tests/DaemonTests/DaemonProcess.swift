@@ -15,18 +15,23 @@ final class DaemonProcess: Sendable {
   private let log: String
 
   /// Starts it and waits until it is ready.
+  ///
+  /// - Parameters:
+  ///   - launcher: a command that becomes the daemon; the daemon's words follow it.
+  ///   - input: its standard input, for a launcher that does something with it.
   init(
     in directory: String, _ arguments: [String], environment: [String: String] = [:],
-    waits: Bool = true
+    launcher: [String] = [], input: FileHandle = .nullDevice, waits: Bool = true
   ) throws {
     self.directory = directory
     log = directory + "/log-\(UUID().uuidString)"
     _ = FileManager.default.createFile(atPath: log, contents: nil)
     process = Process()
-    process.executableURL = builtProduct("faultline")
-    process.arguments = ["serve"] + arguments
+    let words = launcher + [builtProduct("faultline").path, "serve"] + arguments
+    process.executableURL = URL(fileURLWithPath: words[0])
+    process.arguments = Array(words.dropFirst())
     process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
-    process.standardInput = FileHandle.nullDevice
+    process.standardInput = input
     process.standardOutput = FileHandle.nullDevice
     process.standardError = try FileHandle(forWritingTo: URL(fileURLWithPath: log))
     try process.run()
@@ -101,7 +106,7 @@ struct Service {
 
   init(
     in directory: String, handover: String = "firecracker", regions: [Int] = [512, 512],
-    _ arguments: [String] = [], environment: [String: String] = [:]
+    _ arguments: [String] = [], environment: [String: String] = [:], launcher: [String] = []
   ) throws {
     self.directory = directory
     let image = directory + "/base.img"
@@ -113,7 +118,7 @@ struct Service {
       [
         "--socket", directory + "/vmm.sock", "--handover", handover, "--image", image,
         "--control-socket", directory + "/control.sock", "--log-level", "debug",
-      ] + arguments, environment: environment)
+      ] + arguments, environment: environment, launcher: launcher)
   }
 
   /// The sessions, as `ps --json` has them.
@@ -164,6 +169,12 @@ final class FirecrackerProcess: Sendable {
   func kill() {
     if process.isRunning { _ = Foundation.kill(process.processIdentifier, SIGKILL) }
     process.waitUntilExit()
+  }
+
+  /// Waits for its end; whether SIGKILL was it.
+  func wasKilled() -> Bool {
+    process.waitUntilExit()
+    return process.terminationReason == .uncaughtSignal && process.terminationStatus == SIGKILL
   }
 
   /// Lets it end, and returns all that it said.

@@ -14,21 +14,6 @@ import Userfault
 
 @Suite("The daemon speaks docs/handover.md")
 struct HandoverServiceTests {
-  private func attach(
-    _ service: Service, _ vmm: FakeFirecracker, name: String? = nil, image: String? = nil,
-    options: AttachMessage.Options? = nil
-  ) throws -> HandoverClient {
-    var offset: UInt64 = 0
-    let regions = vmm.ranges.map { range in
-      defer { offset += UInt64(range.length) }
-      return AttachMessage.Region(
-        hostAddress: range.start.rawValue, length: UInt64(range.length), offset: offset)
-    }
-    return try HandoverClient(
-      attachingTo: FilePath(service.socket), regions: regions, userfaultfd: vmm.userfaultfd,
-      name: name, image: image, options: options, timeoutMilliseconds: 60_000)
-  }
-
   @Test("A VMM is served by its name, is told when all is there, and leaves")
   func serves() throws {
     try withTemporaryDirectory { directory in
@@ -97,17 +82,7 @@ struct HandoverServiceTests {
   @Test("A damaged page is told to the VMM, with its place")
   func damage() throws {
     try withTemporaryDirectory { directory in
-      _ = try makePatternImage(
-        directory + "/base.img", regions: imageRegions([512, 512]), encoding: .stored)
-      let file = try FileHandle(forUpdating: URL(fileURLWithPath: directory + "/base.img"))
-      // The word of block 100, wherever it is.
-      let value = PatternSource.word(block: 100, seed: 7)
-      let word = Data((0..<8).map { UInt8(truncatingIfNeeded: value >> ($0 * 8)) })
-      let content = try #require(try file.readToEnd())
-      let place = try #require(content.firstRange(of: word + word))
-      try file.seek(toOffset: UInt64(place.lowerBound))
-      try file.write(contentsOf: Data([1, 2, 3]))
-      try file.close()
+      try makeDamagedImage(directory + "/base.img", block: 100)
       let service = try Service(in: directory, handover: "faultline")
       let vmm = try FakeFirecracker(regions: 2, pages: 512)
       let client = try attach(service, vmm)
