@@ -54,7 +54,6 @@ public final class Daemon {
     try checkImages()
     try supervisor.start()
     try openListeners()
-    try checkInherited()
     try openServers()
     manager.notify("READY=1\nSTATUS=\(configuration.listen.count) sockets for VMMs")
     log.info("ready: \(description)")
@@ -81,9 +80,11 @@ public final class Daemon {
 
   private func openListeners() throws {
     let attachment = Attachment(registry, images, supervisor, pool, log: log)
+    let inherited = manager.takeSockets(for: configuration.listen.map(\.socket))
+    try checkInherited()
     for socket in configuration.listen {
       let listener = try VMMListener(
-        socket, inherited: manager.takeSocket(for: socket.socket) ?? -1, log: log)
+        socket, inherited: inherited[socket.socket] ?? -1, log: log)
       listeners.append(listener)
       try listener.start { connection, stopSign in
         attachment.handle(connection, stopSign: stopSign, socket)

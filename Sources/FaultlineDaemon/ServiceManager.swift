@@ -43,14 +43,25 @@ struct ServiceManager: Sendable {
     }
   }
 
-  /// Takes the socket that is bound to a path, or else has it, or its last part, as its name.
-  mutating func takeSocket(for path: String) -> CInt? {
-    let last = FilePath(path).lastComponent?.string
-    let found =
-      sockets.firstIndex { $0.path == path }
-      ?? sockets.firstIndex { $0.path != nil && $0.name == path }
-      ?? sockets.firstIndex { $0.path != nil && $0.name == last }
-    return found.map { sockets.remove(at: $0).descriptor }
+  /// Takes the sockets that are bound to some paths, and for those that are left the ones that
+  /// have the path, or its last part, as their names.
+  ///
+  /// - Returns: descriptors, by path; the caller owns them.
+  mutating func takeSockets(for paths: [String]) -> [String: CInt] {
+    var taken: [String: CInt] = [:]
+    let rules: [(Inherited, String) -> Bool] = [
+      { $0.path == $1 }, { $0.name == $1 },
+      { $0.name == FilePath($1).lastComponent?.string },
+    ]
+    for rule in rules {
+      for path in paths where taken[path] == nil {
+        guard let index = sockets.firstIndex(where: { $0.path != nil && rule($0, path) }) else {
+          continue
+        }
+        taken[path] = sockets.remove(at: index).descriptor
+      }
+    }
+    return taken
   }
 
   /// Where a Unix stream socket listens.
