@@ -135,6 +135,7 @@ final class Attachment: Sendable {
           region: range.handedRegion, peer: guest.identity.peer, errno: error)
       }
     }
+    if configuration.onDamage == .stopVMM { warnUnlessKillable(guest, process) }
     let box = SessionBox()
     var options = PagerOptions(
       faultThreads: 1, populateThreads: 1,
@@ -168,6 +169,21 @@ final class Attachment: Sendable {
         peer: guest.identity.peer, errno: error.errno)
     }
     announce(session, configuration)
+  }
+
+  /// Says at the start what would otherwise be found out when a page is damaged.
+  private func warnUnlessKillable(_ guest: Guest, _ process: borrowing OwnedDescriptor) {
+    do throws(Errno) {
+      try checkKill(of: process)
+    } catch .notPermitted {
+      log.error(
+        """
+        on-damage stop-vmm: \(guest.identity.peer) may not be ended by this user, and would wait \
+        for ever at a damaged page. Run both as one user, give the daemon CAP_KILL, or use poison.
+        """)
+    } catch {
+      // It is gone, which the session finds out.
+    }
   }
 
   private func announce(_ session: GuestSession, _ configuration: SessionConfiguration) {

@@ -77,3 +77,9 @@ public func openProcess(_ processID: CInt) throws(Errno) -> OwnedDescriptor {
 public func sendKill(to process: borrowing OwnedDescriptor) throws(Errno) {
   _ = try check(clinux_pidfd_send_signal(process.rawValue, SIGKILL))
 }
+
+/// Whether `sendKill` would be permitted (signal 0, kill(2)): `notPermitted` for a process of another
+/// user without CAP_KILL.
+public func checkKill(of process: borrowing OwnedDescriptor) throws(Errno) {
+  _ = try check(clinux_pidfd_send_signal(process.rawValue, 0))
+}

@@ -20,8 +20,9 @@ struct ServeCommand: ParsableCommand {
       faultline serve --config /etc/faultline.yaml          many sockets, docs/configuration.md
 
       SIGTERM, or ^C: no more VMs are taken, those that there are are filled, and then run without
-      the daemon. A second signal ends it at once. Exit status: 0 all were let go of; 1 it did
-      not start; 3 a VM was left with pages missing, and waits when it touches one.
+      the daemon. After --drain-timeout, or at a second signal, they are let go of as they are, and
+      pages that are missing are memory errors. Exit status: 0 all have their memory; 1 it did not
+      start; 3 a VM was let go of with pages missing (docs/control.md).
       """)
 
   @Option(help: "A configuration file; then no other option.", completion: .file())
