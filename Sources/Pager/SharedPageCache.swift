@@ -41,14 +41,16 @@ public final class SharedPageCache: Sendable {
   ///
   /// - Parameters:
   ///   - length: bytes of the region; a multiple of the page size.
-  ///   - pageSize: 4 KiB gives tmpfs, 2 MiB hugetlbfs, whose pages come from the pool.
+  ///   - pageSize: 4 KiB gives tmpfs, 2 MiB hugetlbfs, whose pages are set aside now: `noMemory`
+  ///     when the pool has too few.
   ///   - limit: bytes, at least 1 MiB or a page. What finds no room goes to the one clone that
   ///     asked for it (UFFDIO_COPY).
   public init(
     length: Int, pageSize: PageSize = .size4KiB, limit: Int? = nil
   ) throws(Errno) {
     file = try MemoryFile(name: "faultline-clean-pages", length: length, pageSize: pageSize)
-    alias = try Mapping(of: file.descriptor, length: length, sharing: .shared)
+    alias = try Mapping(
+      of: file.descriptor, length: length, sharing: .shared, reserved: pageSize != .size4KiB)
     states = try PageStateTable(pageCount: length / pageSize.bytes)
     holders = try HolderCounts(pages: length / pageSize.bytes)
     self.length = length
@@ -63,8 +65,14 @@ public final class SharedPageCache: Sendable {
   public var evictedPages: Int { evicted.load(ordering: .relaxed) }
 
   /// A private mapping of the whole region, in this process, for one clone.
-  public func makeMapping() throws(Errno) -> Mapping {
-    try Mapping(of: file.descriptor, length: length, sharing: .private)
+  ///
+  /// - Parameter reserved: huge pages are set aside for all that the clone may write, and
+  ///   `noMemory` is thrown where the pool has too few. Without that a write is SIGBUS when the
+  ///   pool is empty. For pages of 4 KiB it means nothing.
+  public func makeMapping(reserved: Bool = true) throws(Errno) -> Mapping {
+    try Mapping(
+      of: file.descriptor, length: length, sharing: .private,
+      reserved: reserved && pageSize != .size4KiB)
   }
 
   /// A descriptor that can only be read, for a clone in another process.
