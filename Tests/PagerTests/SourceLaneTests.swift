@@ -54,7 +54,7 @@ struct SourceLaneTests {
     #expect(!wasDone)
     gate.open()
     waiter.join()
-    #expect(served.session.statistics.deferredFaults == 59)
+    #expect(Delay.until { served.session.statistics.deferredFaults == 59 })
   }
 
   @Test("A source that is out of reach is asked again, and its pages are right then")
