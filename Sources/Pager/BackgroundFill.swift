@@ -141,6 +141,8 @@ extension PagerSession {
   private var fillCounters: WorkerSlot { counters[counters.count - 1] }
 
   private func fillReplaying(_ pieces: [FillPiece], _ bench: borrowing Workbench) -> Bool {
+    isReplaying.store(!pieces.isEmpty, ordering: .relaxed)
+    defer { isReplaying.store(false, ordering: .relaxed) }
     for piece in pieces {
       guard !isStopping, background.advance(0, .replaying) else { return false }
       populate(piece.region, piece.pages, bench, fillCounters.counters, isReplay: true)

@@ -2,6 +2,7 @@
 
 internal import GuestMemory
 internal import LinuxSystem
+internal import Synchronization
 internal import SystemPackage
 internal import Userfault
 
@@ -89,6 +90,13 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
     }
     let size = region.pageSize.bytes
     let page = region.page(of: fault.address)
+    if session.isReplaying.load(ordering: .relaxed) {
+      // The step of the working set that the guest is ahead of.
+      let step = max(1, PagerSession<Source>.pieceLength / size)
+      let first = page / step * step
+      ahead = (number, first..<min(first + step, region.pageCount))
+      return 1
+    }
     let window = streams.window(
       at: Int(truncatingIfNeeded: fault.address.rawValue) / size,
       limit: max(1, maximum / size), slack: 4 + session.source.readAhead / size)

@@ -49,6 +49,8 @@ extension PagerSession {
   func fill(
     _ pieces: [FillPiece], isReplay: Bool, progress: (@Sendable (Int, Int) -> Void)?
   ) throws(PagerError) {
+    isReplaying.store(isReplay, ordering: .relaxed)
+    defer { isReplaying.store(false, ordering: .relaxed) }
     let total = pieces.reduce(0) { $0 + $1.bytes }
     let failed = statistics.failedPages
     let tally = PopulateTally()

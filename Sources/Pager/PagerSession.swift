@@ -34,6 +34,8 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let gate = ReadWriteLock()
   let lane: SourceLane<Source>
   let background = BackgroundFill()
+  /// Whether a working set is being brought: what lies around a fault is wanted, too, then.
+  let isReplaying = Atomic<Bool>(false)
   let stopSign: EventDescriptor
   private let stopRequested = Atomic<Bool>(false)
   let counters: [WorkerSlot]
