@@ -85,7 +85,7 @@ final class Command: Sendable {
       }
     }
     process.terminationHandler = { [ended] _ in ended.signal() }
-    try process.run()
+    try launch(process)
   }
 
   deinit {

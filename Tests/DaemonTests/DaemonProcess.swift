@@ -34,7 +34,7 @@ final class DaemonProcess: Sendable {
     process.standardInput = input
     process.standardOutput = FileHandle.nullDevice
     process.standardError = try FileHandle(forWritingTo: URL(fileURLWithPath: log))
-    try process.run()
+    try launch(process)
     guard waits else { return }
     try #require(Delay.until { logged("ready") || !isRunning } && isRunning, "\(messages)")
   }
@@ -90,7 +90,7 @@ func faultline(_ arguments: String...) throws -> (status: Int32, output: String,
   process.standardOutput = output
   process.standardError = errors
   process.standardInput = FileHandle.nullDevice
-  try process.run()
+  try launch(process)
   let text = String(decoding: output.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
   let words = String(decoding: errors.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
   process.waitUntilExit()
@@ -130,6 +130,13 @@ struct Service {
       .sessions
   }
 
+  /// Remove events of all sessions, that is, those that were read.
+  var removeEvents: Int {
+    let text = (try? request("GET", "/metrics")) ?? ""
+    let name = "faultline_events_total{kind=\"remove\"} "
+    return text.components(separatedBy: name).last.flatMap { Int($0.prefix { $0.isNumber }) } ?? 0
+  }
+
   /// curl, for the paths that no command uses: method, path, body.
   func request(_ method: String, _ path: String, body: String? = nil) throws -> String {
     let socket = try UnixSocket(connectingTo: FilePath(control))
@@ -159,7 +166,7 @@ final class FirecrackerProcess: Sendable {
     process.standardInput = input
     process.standardOutput = output
     process.standardError = FileHandle.nullDevice
-    try process.run()
+    try launch(process)
   }
 
   deinit { kill() }

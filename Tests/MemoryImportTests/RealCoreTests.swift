@@ -28,7 +28,7 @@ struct RealCoreTests {
       let process = Process()
       process.executableURL = URL(fileURLWithPath: taskset)
       process.arguments = ["-c", try allowedProcessor(), "sleep", "600"]
-      try process.run()
+      try launch(process)
       defer {
         kill(process.processIdentifier, SIGKILL)
         process.waitUntilExit()
@@ -186,7 +186,7 @@ struct RealCoreTests {
     process.standardInput = pipe
     process.standardOutput = FileHandle.nullDevice
     process.standardError = FileHandle.nullDevice
-    try process.run()
+    try launch(process)
     defer {
       if process.isRunning { kill(process.processIdentifier, SIGKILL) }
       process.waitUntilExit()

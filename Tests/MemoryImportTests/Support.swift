@@ -151,7 +151,7 @@ func run(_ path: String, _ arguments: [String], input: String = "") throws -> In
   process.standardInput = pipe
   process.standardOutput = FileHandle.nullDevice
   process.standardError = FileHandle.nullDevice
-  try process.run()
+  try launch(process)
   try? pipe.fileHandleForWriting.write(contentsOf: Data(input.utf8))
   try? pipe.fileHandleForWriting.close()
   let deadline = Date(timeIntervalSinceNow: 60)

@@ -22,7 +22,7 @@ package final class GuestProcess: Sendable {
     let process = Process()
     process.executableURL = builtProduct("guest-process")
     process.arguments = [path, "\(pages)", "\(threads)"]
-    try process.run()
+    try launch(process)
     let socket = try listener.accept()
     let message = try socket.receive(limit: 128)
     let words = String(decoding: message.bytes, as: UTF8.self).split(separator: " ")

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-import Foundation
+package import Foundation
 package import GuestMemory
 import LinuxSystem
 package import Pager
+import Synchronization
 package import Userfault
 
 /// What this machine has, for tests that need it.
@@ -60,6 +61,14 @@ package func openDescriptors(of text: String) -> Int {
     return link?.contains(text) == true
   }
 }
+
+/// Starts a process. One at a time: Foundation learns of its end by a socket that it opens just
+/// before, and another process that is started at that moment would keep it open.
+package func launch(_ process: Process) throws {
+  try launching.withLock { _ in try process.run() }
+}
+
+private let launching = Mutex(())
 
 /// Runs a body with a fresh directory and removes it afterwards.
 package func withTemporaryDirectory<Value>(_ body: (String) throws -> Value) throws -> Value {

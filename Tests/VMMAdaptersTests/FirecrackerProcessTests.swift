@@ -31,7 +31,7 @@ private final class FirecrackerProcess: Sendable {
     ]
     process.standardInput = input
     process.standardOutput = output
-    try process.run()
+    try launch(process)
     socket = try listener.accept()
     self.process = process
   }
