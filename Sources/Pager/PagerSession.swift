@@ -208,9 +208,22 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// any more, or when `populate` has filled it all without an error.
   public func release() {
     stop()
-    for region in regions {
-      // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
-      memory.unregister(region.host)
+    // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
+    for region in regions { memory.unregister(region.host) }
+    if !hasEnded { dropEvents() }
+  }
+
+  /// Reads what was raised since the threads ended: whoever gave memory back, or moved it,
+  /// meanwhile waits until that is read.
+  private func dropEvents() {
+    var events = EventBuffer()
+    var quiet = 0
+    // One that was under way when its range was unregistered comes a moment later.
+    while quiet < 4 {
+      guard let count = try? events.read(from: memory.userfaultfd) else { return }
+      while events.pop() != nil {}
+      quiet = count > 0 ? 0 : quiet + 1
+      if count == 0 { Pause.microseconds(250) }
     }
   }
 

@@ -63,6 +63,22 @@ struct LifeCycleTests {
     toucher.join()
   }
 
+  @Test("release lets go of those who gave memory back when nobody served any more")
+  func releasesEvents() throws {
+    let guest = try ServedMemory(MemoryCase.all[0], pages: 8)
+    guest.session.stop()
+    let isDone = Atomic<Bool>(false)
+    let giver = try ThreadHandle.start {
+      try? guest.memory.mapping.advise(.dontNeed, offset: 0, length: 4096)
+      isDone.store(true, ordering: .releasing)
+    }
+    Delay.microseconds(20_000)
+    #expect(isDone.load(ordering: .acquiring) == false)
+    guest.session.release()
+    #expect(Delay.until { isDone.load(ordering: .acquiring) })
+    giver.join()
+  }
+
   @Test("Many who start a session at once start its threads once")
   func concurrentStarts() async {
     await #expect(processExitsWith: .success) {
