@@ -184,9 +184,8 @@ let package = Package(
     tests(
       "PagerTests",
       [
-        "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem", "CTestSupport",
-        "guest-process",
-        "allocation-probe",
+        "Pager", "MemoryImage", "GuestMemory", "GuestMemoryModel", "Userfault", "LinuxSystem",
+        "CTestSupport", "guest-process", "allocation-probe", "kill-probe",
       ]),
     .executableTarget(
       name: "guest-process",
@@ -194,6 +193,12 @@ let package = Package(
         "TestSupport", "Pager", "GuestMemory", "Userfault", "LinuxSystem", systemPackage,
       ],
       path: "Tests/GuestProcess", swiftSettings: swiftSettings),
+    .executableTarget(
+      name: "kill-probe",
+      dependencies: [
+        "TestSupport", "Pager", "GuestMemory", "Userfault", "LinuxSystem", systemPackage,
+      ],
+      path: "Tests/KillProbe", swiftSettings: swiftSettings),
     .executableTarget(
       name: "fake-firecracker",
       dependencies: ["TestSupport", "Userfault", "LinuxSystem", systemPackage],

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // A process whose memory another process serves: for tests that kill it, or that serve
-// it over a descriptor. Usage: guest-process SOCKET PAGES THREADS
+// it over a descriptor. Usage: guest-process SOCKET PAGES THREADS [gives-back]
+// With gives-back it reads pages and drops them (MADV_DONTNEED) until it is killed.
 
 import GuestMemory
 import LinuxSystem
@@ -12,8 +13,8 @@ import TestSupport
 import Userfault
 
 let arguments = CommandLine.arguments
-guard arguments.count == 4, let pages = Int(arguments[2]), let threads = Int(arguments[3]) else {
-  fatalError("usage: guest-process SOCKET PAGES THREADS")
+guard (4...5).contains(arguments.count), let pages = Int(arguments[2]), let threads = Int(arguments[3]) else {
+  fatalError("usage: guest-process SOCKET PAGES THREADS [gives-back]")
 }
 let socket = try UnixSocket(connectingTo: FilePath(arguments[1]))
 let memory = try GuestMemoryObject(backing: .anonymous, length: pages * 4096)
@@ -26,6 +27,17 @@ _ = try socket.receive(limit: 1)
 
 let wrong = Atomic<Int>(0)
 let range = memory.range
+if arguments.count == 5 {
+  try inThreads(threads) { thread in
+    var random = SeededRandom(seed: UInt64(thread))
+    while true {
+      let part = random.part(of: 0..<pages, atMost: 16)
+      for block in part { _ = load(range, offset: block * 4096) }
+      try? memory.mapping.advise(
+        .dontNeed, offset: part.lowerBound * 4096, length: part.count * 4096)
+    }
+  }
+}
 try inThreads(threads) { thread in
   for index in 0..<pages {
     let block = (index &* 7 &+ thread &* 31) % pages

@@ -15,13 +15,14 @@ package final class GuestProcess: Sendable {
   private let received: OwnedDescriptor
   private let features: UserfaultFeatures
 
-  package init(pages: Int, threads: Int) throws {
+  /// - Parameter givesBack: it also drops pages that it has read, and ends only when it is killed.
+  package init(pages: Int, threads: Int, givesBack: Bool = false) throws {
     let path = FileManager.default.temporaryDirectory.path + "/faultline-\(UUID().uuidString)"
     let listener = try UnixListener(path: FilePath(path))
     defer { try? FileManager.default.removeItem(atPath: path) }
     let process = Process()
     process.executableURL = builtProduct("guest-process")
-    process.arguments = [path, "\(pages)", "\(threads)"]
+    process.arguments = [path, "\(pages)", "\(threads)"] + (givesBack ? ["gives-back"] : [])
     try launch(process)
     let socket = try listener.accept()
     let message = try socket.receive(limit: 128)
@@ -43,9 +44,9 @@ package final class GuestProcess: Sendable {
   /// A session over a duplicate of the descriptor; the page states are shared by all.
   package func session<Source: PageSource>(
     _ source: Source, watchesProcess: Bool = true, faultAround: FaultAround = .off,
-    onDamage: DamagePolicy = .poison
+    onDamage: DamagePolicy = .poison, faultThreads: Int = 1
   ) throws -> PagerSession<Source> {
-    var options = PagerOptions()
+    var options = PagerOptions(faultThreads: faultThreads)
     options.faultAround = faultAround
     options.onDamage = onDamage
     let userfaultfd = try Userfaultfd(adopting: received.duplicate(), features: features)
