@@ -93,7 +93,8 @@ extension PagerSession {
     // Mapping what a cache has costs less than copying, so more of it fits into a step.
     let piece = max(1, (region.share == nil ? Self.pieceLength : Self.sharedLength) / size)
     var page = pages.lowerBound
-    while page < pages.upperBound {
+    // A source may be slow, and a piece have a thousand pages: nobody needs them then.
+    while page < pages.upperBound, !hasEnded {
       let limit = min(piece, pages.upperBound - page)
       var claimed = region.states.claim(from: page, limit: limit)
       if claimed == 0 {
@@ -101,6 +102,10 @@ extension PagerSession {
         continue
       }
       while claimed > 0 {
+        guard !hasEnded else {
+          giveBack(region, page..<page + claimed)
+          return
+        }
         let done = populateRun(
           region, page, claimed, bench, counters, isReplay: isReplay)
         page += done

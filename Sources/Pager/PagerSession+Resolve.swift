@@ -105,19 +105,16 @@ extension PagerSession {
       case .settled(1...): return .resolved
       case .deferred: return .deferred
       case .failed(let error):
-        return fail(
-          page, region, bench, counters, expecting: .filling, reason: error.description)
+        return fail(page, region, bench, counters, expecting: .filling, reason: error.description)
       case .settled: break
-      // An event stands before it, or it has to be a page of its own: by the way below, which
-      // copies.
+      // An event stands before it, or it has to be a page of its own: below, by a copy.
       }
     }
     do {
       guard let fill = try fetchPatiently(page, region, bench) else { return .deferred }
       return install(fill, page, region, bench, counters, expecting: .filling)
     } catch {
-      return fail(
-        page, region, bench, counters, expecting: .filling, reason: error.description)
+      return fail(page, region, bench, counters, expecting: .filling, reason: error.description)
     }
   }
 
@@ -254,8 +251,7 @@ extension PagerSession {
           Pause.microseconds(10_000)
           continue
         }
-        return fail(
-          page, region, bench, counters, expecting: expected, reason: "\(errno)")
+        return fail(page, region, bench, counters, expecting: expected, reason: "\(errno)")
       }
     }
   }
@@ -317,11 +313,16 @@ extension PagerSession {
 
   // MARK: - No right content
 
-  /// Tells the guest: the page is poisoned where the kernel can, else its waiters wait.
+  /// Tells the guest: the page is poisoned where the kernel can, else its waiters wait. In a
+  /// session that has ended nobody is there to tell, and what was given up for that is no damage.
   func fail(
     _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, expecting expected: PageState, reason: String
   ) -> FaultOutcome {
+    guard !hasEnded else {
+      giveBack(region, page..<page + 1)
+      return .ended
+    }
     let state = gate.read {
       let state = region.states.load(page)
       if state == expected, state != .poisoned { region.states.store(page, .poisoned) }
