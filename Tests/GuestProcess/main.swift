@@ -13,7 +13,9 @@ import TestSupport
 import Userfault
 
 let arguments = CommandLine.arguments
-guard (4...5).contains(arguments.count), let pages = Int(arguments[2]), let threads = Int(arguments[3]) else {
+guard (4...5).contains(arguments.count), let pages = Int(arguments[2]),
+  let threads = Int(arguments[3])
+else {
   fatalError("usage: guest-process SOCKET PAGES THREADS [gives-back]")
 }
 let socket = try UnixSocket(connectingTo: FilePath(arguments[1]))

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+import GuestMemory
+import LinuxSystem
 import Pager
 import TestSupport
 import Testing
@@ -11,7 +13,9 @@ struct StormTests {
     "Reads, writes, MADV_DONTNEED, MADV_REMOVE, munmap and filling ahead: every read is right",
     arguments: cases, StormWay.all)
   func everyReadIsRight(kind: MemoryCase, way: StormWay) throws {
-    for round in 0..<testSetting("FAULTLINE_STORM_ROUNDS", usual: 2) {
+    // Without huge pages 50 ms for each.
+    let usual = kind.backing.pageSize == .size4KiB ? 3 : 1
+    for round in 0..<testSetting("FAULTLINE_STORM_ROUNDS", usual: usual) {
       let seed = UInt64(round) + 1
       let wrong = try Storm(kind, way, seed: seed).run()
       #expect(wrong.isEmpty, "seed \(seed)")
