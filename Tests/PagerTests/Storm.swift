@@ -52,6 +52,8 @@ final class Storm: Sendable {
   private let steps: Int
   private let tally = Mutex(Tally())
   private let guestsLeft = Atomic<Int>(0)
+  /// Where the wanderer is.
+  private let front = Atomic<Int>(0)
 
   private var pageBytes: Int { region.pageSize.bytes }
   private var blocksInPage: Int { pageBytes / 4096 }
@@ -59,7 +61,7 @@ final class Storm: Sendable {
 
   init(_ kind: MemoryCase, _ way: StormWay, seed: UInt64) throws {
     let isSmall = kind.backing.pageSize == .size4KiB
-    let pages = isSmall ? 512 : 8
+    let pages = isSmall ? 1024 : 8
     let memory = try GuestMemoryObject(
       backing: kind.backing, length: pages * kind.backing.pageSize.bytes)
     let region = try PagedRegion(memory, mode: kind.mode)
@@ -81,7 +83,7 @@ final class Storm: Sendable {
           UnsteadySource.expected(block: page * blocks)
         })
     }
-    steps = isSmall ? 400 : 60
+    steps = isSmall ? 250 : 60
     self.memory = memory
     self.region = region
     self.kind = kind
@@ -131,12 +133,14 @@ final class Storm: Sendable {
 
   // MARK: - Owners
 
-  /// Takes plots at random and does a few steps on each.
+  /// Takes plots at random, often one that lies before the wanderer, and does a few steps on each.
   private func live(_ number: Int) {
     var random = SeededRandom(seed: seed &* 64 &+ UInt64(number))
     var left = steps
     while left > 0 {
-      let bed = random.below(beds.count)
+      let ahead = front.load(ordering: .relaxed) * beds.count / region.pageCount
+      let bed =
+        (random.below(2) == 0 ? ahead + random.below(4) : random.below(beds.count)) % beds.count
       let isOwner: Void? = beds[bed].plot.withLockIfAvailable { plot in
         for _ in 0..<min(left, 1 + random.below(8)) {
           step(&plot, mayUnmap: mayUnmap(bed), &random)
@@ -148,14 +152,17 @@ final class Storm: Sendable {
   }
 
   /// Whether a plot's pages may be unmapped: no other thread goes there.
-  private func mayUnmap(_ bed: Int) -> Bool { bed % 4 == 3 }
+  private func mayUnmap(_ bed: Int) -> Bool { bed % 8 == 7 || beds.count < 8 && bed == 3 }
 
   private func step(_ plot: inout Plot, mayUnmap: Bool, _ random: inout SeededRandom) {
     guard !plot.mapped.isEmpty else { return }
     let page = plot.mapped[random.below(plot.mapped.count)]
     let some = plot.mapped(of: page..<min(page + 1 + random.below(6), plot.pages.upperBound))
     switch random.below(100) {
-    case ..<40: check(page, &plot, random.below(blocksInPage), "a read")
+    case ..<34: check(page, &plot, random.below(blocksInPage), "a read")
+    case ..<40:
+      // Upwards, so that neighbours come along, into the next plot too.
+      for page in plot.mapped { check(page, &plot, 0, "on the way up") }
     case ..<65:
       // What it was decides what the rest of it is.
       check(page, &plot, random.below(blocksInPage), "before a write")
@@ -225,7 +232,8 @@ final class Storm: Sendable {
     let pagesInBed = pages / beds.count
     while guestsLeft.load(ordering: .acquiring) > 0 {
       let first = random.below(pages)
-      for page in first..<min(first + 24, pages) where !mayUnmap(page / pagesInBed) {
+      for page in first..<min(first + 96, pages) where !mayUnmap(page / pagesInBed) {
+        front.store(page, ordering: .relaxed)
         let seen = load(range, offset: page * pageBytes)
         let isOwn = seen >> 32 == mark(of: page) >> 32
         let snapshot = UnsteadySource.expected(block: page * blocksInPage)
@@ -236,11 +244,11 @@ final class Storm: Sendable {
     }
   }
 
-  /// Brings random parts, as a replay does, and once everything.
+  /// Brings random parts, as a replay does, and in every other storm everything at some time.
   private func fillAhead() {
     var random = SeededRandom(seed: seed &* 64 &+ 63)
     let blocks = region.pageCount * blocksInPage
-    let populatesAfter = random.below(30)
+    let populatesAfter = seed % 2 == 0 ? random.below(30) : .max
     var rounds = 0
     while guestsLeft.load(ordering: .acquiring) > 0 {
       do throws(PagerError) {
@@ -248,7 +256,7 @@ final class Storm: Sendable {
           try session.populate()
         } else {
           let runs = (0..<3).map { _ in
-            let part = random.part(of: 0..<blocks, atMost: 24 * blocksInPage)
+            let part = random.part(of: 0..<blocks, atMost: 12 * blocksInPage)
             return WorkingSetRun(region: 0, firstBlock: part.lowerBound, blockCount: part.count)
           }
           try session.replay(runs)

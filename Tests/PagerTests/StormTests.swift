@@ -13,8 +13,7 @@ struct StormTests {
     "Reads, writes, MADV_DONTNEED, MADV_REMOVE, munmap and filling ahead: every read is right",
     arguments: cases, StormWay.all)
   func everyReadIsRight(kind: MemoryCase, way: StormWay) throws {
-    // Without huge pages 50 ms for each.
-    let usual = kind.backing.pageSize == .size4KiB ? 3 : 1
+    let usual = kind.backing.pageSize == .size4KiB ? 5 : 1
     for round in 0..<testSetting("FAULTLINE_STORM_ROUNDS", usual: usual) {
       let seed = UInt64(round) + 1
       let wrong = try Storm(kind, way, seed: seed).run()
