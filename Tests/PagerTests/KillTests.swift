@@ -17,7 +17,7 @@ struct KillTests {
     process.arguments = ["\(rounds)", "\(seed)"]
     let output = Pipe()
     process.standardOutput = output
-    try process.run()
+    try launch(process)
     let data = output.fileHandleForReading.readDataToEndOfFile()
     process.waitUntilExit()
     let text = String(decoding: data, as: UTF8.self)
