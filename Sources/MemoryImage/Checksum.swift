@@ -22,14 +22,14 @@ enum Checksum {
   /// SAFETY: the caller vouches for `length` readable bytes at `bytes`.
   @inline(__always)
   @unsafe static func of(_ bytes: UnsafeRawPointer, length: Int, seed: UInt64) -> UInt64 {
-    let hash = unsafe XXH_INLINE_XXH3_64bits_withSeed(bytes, length, seed)
+    let hash = unsafe cxxhash_64(bytes, length, seed)
     return hash == 0 ? 1 : hash
   }
 
   /// XXH3-64, never 0.
   @unsafe static func of(_ bytes: UnsafeRawBufferPointer, seed: UInt64) -> UInt64 {
     // Nothing may have no address; XXH3 accepts null with length 0.
-    let hash = unsafe XXH_INLINE_XXH3_64bits_withSeed(bytes.baseAddress, bytes.count, seed)
+    let hash = unsafe cxxhash_64(bytes.baseAddress, bytes.count, seed)
     return hash == 0 ? 1 : hash
   }
 
@@ -44,7 +44,7 @@ enum Checksum {
     let seed = tag.rawValue << 32 | UInt64(number)
     // SAFETY: the tuple is 16 bytes without padding and lives through the call.
     return unsafe withUnsafeBytes(of: bytes) { buffer in
-      unsafe XXH_INLINE_XXH3_64bits_withSeed(buffer.baseAddress, buffer.count, seed)
+      unsafe cxxhash_64(buffer.baseAddress, buffer.count, seed)
     }
   }
 

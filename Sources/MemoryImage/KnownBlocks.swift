@@ -60,7 +60,7 @@ final class KnownBlocks: @unchecked Sendable {
   /// entered and returned.
   @unsafe func number(of block: UnsafeRawPointer, orEnter number: UInt32) -> UInt32 {
     // SAFETY: the caller vouches for a block.
-    let hash = unsafe XXH_INLINE_XXH3_128bits_withSeed(block, ImageLimits.blockSize, seed)
+    let hash = unsafe cxxhash_128(block, ImageLimits.blockSize, seed)
     let shard = Int(hash.high64 >> 58)
     let group = Int(truncatingIfNeeded: hash.high64 >> 32) & (groupsPerShard - 1)
     let high = UInt32(truncatingIfNeeded: hash.high64)
