@@ -74,7 +74,15 @@ final class ChunkStore: Sendable {
         ImageError(.limitExceeded, path, "there is no memory to decompress", errno: errno)
       }
     ) { decoder throws(ImageError) in
-      if !decoder.select(firstBlock: base + chunk * chunks.blocksPerChunk) {
+      let first = base + chunk * chunks.blocksPerChunk
+      // One block of a chunk that lies before the one that is read.
+      let isLookedBackAt = count == 1 && first < decoder.firstBlock
+      if count == 1, let kept = unsafe decoder.kept(base + number) {
+        // SAFETY: the caller has room for the block.
+        unsafe buffer.copyMemory(from: kept, byteCount: ImageLimits.blockSize)
+        return (1, nil)
+      }
+      if !decoder.select(firstBlock: first) {
         let failure = decode(chunk, with: decoder, pages: pages, waits: waits)
         if let failure { return (0, failure) }
       }
@@ -86,6 +94,7 @@ final class ChunkStore: Sendable {
       // SAFETY: the content has that many bytes from the slot on; the caller has room.
       unsafe buffer.copyMemory(
         from: decoder.content + slot * ImageLimits.blockSize, byteCount: length)
+      if isLookedBackAt { unsafe decoder.keep(base + number, buffer) }
       return (min(count, available), nil)
     }
   }
@@ -225,8 +234,22 @@ final class ChunkStore: Sendable {
         break
       }
     }
+    let (good, problem) = unsafe checkStored(
+      number, count: done / blockSize, buffer, pages: pages, waits: waits)
+    if let problem { return (good, problem) }
+    return (
+      good, failure.map { ChunkOutcome(outcome: .failed($0), fileOffset: start + good * blockSize) }
+    )
+  }
+
+  /// Checks stored blocks that were read; how many are good, and what is wrong with the next one.
+  @unsafe
+  func checkStored(
+    _ number: Int, count: Int, _ buffer: UnsafeRawPointer, pages: VerifiedPages, waits: Bool = true
+  ) -> (good: Int, failure: ChunkOutcome?) {
+    let blockSize = ImageLimits.blockSize
     var good = 0
-    while good < done / blockSize {
+    while good < count {
       let chunk = number + good
       let (page, slot) = chunks.place(of: chunk)
       var checksum: UInt64 = 0
@@ -238,12 +261,11 @@ final class ChunkStore: Sendable {
       let found = unsafe Checksum.of(
         buffer + good * blockSize, length: blockSize, seed: chunks.seed(ofChunk: chunk))
       if found != checksum {
-        return (good, ChunkOutcome(outcome: .damaged, fileOffset: start + good * blockSize))
+        let fileOffset = chunks.dataOffset + chunk * blockSize
+        return (good, ChunkOutcome(outcome: .damaged, fileOffset: fileOffset))
       }
       good += 1
     }
-    return (
-      good, failure.map { ChunkOutcome(outcome: .failed($0), fileOffset: start + good * blockSize) }
-    )
+    return (good, nil)
   }
 }

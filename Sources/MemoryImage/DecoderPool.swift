@@ -6,11 +6,15 @@ internal import Synchronization
 internal import SystemPackage
 
 /// What one thread needs to read a chunk of any image of a chain, and the contents of the
-/// chunks that it read last: blocks that are equal are stored once, so that whoever reads a
-/// region upwards looks into other chunks now and then, and comes back.
+/// chunks that it read last.
+///
+/// Blocks that are equal are stored once, so that whoever reads a region upwards looks back into
+/// other chunks now and then, and often for the same few blocks: those are kept by themselves.
 final class ChunkDecoder {
   /// Contents that are kept.
   private static let ways = 3
+  /// Blocks that are kept, each in the one place that its number gives it.
+  private static let places = 64
 
   let decompressor: ZstdDecompressor
   private let mapping: Mapping
@@ -24,11 +28,14 @@ final class ChunkDecoder {
   private var usedAt = InlineArray<3, UInt64>(repeating: 0)
   private var clock: UInt64 = 0
   private var way = 0
+  /// For each place the number in the chain of the block there; -1 for none.
+  private var keptBlocks = InlineArray<64, Int>(repeating: -1)
 
   /// Room for chunks of so many blocks.
   init(blocks: Int) throws(Errno) {
     room = blocks * ImageLimits.blockSize
-    mapping = try Mapping(anonymous: (Self.ways + 1) * room)
+    mapping = try Mapping(
+      anonymous: (Self.ways + 1) * room + Self.places * ImageLimits.blockSize)
     guard let decompressor = ZstdDecompressor() else { throw .noMemory }
     self.decompressor = decompressor
   }
@@ -72,10 +79,31 @@ final class ChunkDecoder {
   var content: UnsafeMutableRawPointer { unsafe mapping.pointer + way * room }
   /// Room for the frame.
   var frame: UnsafeMutableRawPointer { unsafe mapping.pointer + Self.ways * room }
+
+  // MARK: - Blocks that come again
+
+  /// Where a block lies that was looked back at before; `nil` when it is not here.
+  func kept(_ block: Int) -> UnsafeRawPointer? {
+    let place = block % Self.places
+    return keptBlocks[place] == block ? unsafe UnsafeRawPointer(room(of: place)) : nil
+  }
+
+  /// Keeps a block that was checked.
+  ///
+  /// SAFETY: the caller vouches for 4096 bytes.
+  @unsafe func keep(_ block: Int, _ bytes: UnsafeRawPointer) {
+    let place = block % Self.places
+    unsafe room(of: place).copyMemory(from: bytes, byteCount: ImageLimits.blockSize)
+    keptBlocks[place] = block
+  }
+
+  private func room(of place: Int) -> UnsafeMutableRawPointer {
+    unsafe mapping.pointer + (Self.ways + 1) * room + place * ImageLimits.blockSize
+  }
 }
 
 /// Decoders of a chain of images that no thread uses now. Taking one and giving it back takes
-/// no lock. There are as many as threads have read at once, and two: each has about 250 KiB.
+/// no lock. There are as many as threads have read at once, and two: each has 250 to 500 KiB.
 @safe
 final class DecoderPool: @unchecked Sendable {
   // SAFETY: the slots are atomics; a decoder is in one slot or with one thread.

@@ -52,16 +52,7 @@ extension MemoryImage {
     region: Int, firstBlock: Int, blockCount: Int, into buffer: UnsafeMutableRawPointer,
     waits: Bool
   ) throws(ImageError) -> ImageRun {
-    guard region >= 0, region < geometries.count else {
-      throw ImageError(.outOfRange, path, "it has no region \(region)")
-    }
-    let geometry = geometries[region]
-    guard firstBlock >= 0, blockCount > 0, firstBlock < geometry.blockCount,
-      blockCount <= geometry.blockCount - firstBlock
-    else {
-      throw failure(
-        .outOfRange, "\(blockCount) blocks are not there", region: region, block: firstBlock)
-    }
+    let geometry = try geometry(region, firstBlock: firstBlock, blockCount: blockCount)
     let (outcome, first) = indexEntry(geometry, block: firstBlock, waits: waits)
     guard case .ready = outcome else {
       if !waits, outcome.wouldWait { return ImageRun(kind: .data, blockCount: 0) }
@@ -104,6 +95,24 @@ extension MemoryImage {
 
   // MARK: - Steps
 
+  /// A region's geometry, if it has these blocks.
+  @inline(__always)
+  func geometry(
+    _ region: Int, firstBlock: Int, blockCount: Int
+  ) throws(ImageError) -> RegionGeometry {
+    guard region >= 0, region < geometries.count else {
+      throw ImageError(.outOfRange, path, "it has no region \(region)")
+    }
+    let geometry = geometries[region]
+    guard firstBlock >= 0, blockCount > 0, firstBlock < geometry.blockCount,
+      blockCount <= geometry.blockCount - firstBlock
+    else {
+      throw failure(
+        .outOfRange, "\(blockCount) blocks are not there", region: region, block: firstBlock)
+    }
+    return geometry
+  }
+
   /// The index entry of a block: 0, or 1 + the number of a stored block.
   @inline(__always)
   func indexEntry(
@@ -130,7 +139,7 @@ extension MemoryImage {
   /// How many blocks from one on, itself included, satisfy a condition. Ends before an index
   /// page that is not to be had.
   @inline(__always)
-  private func run(
+  func run(
     of geometry: RegionGeometry, from firstBlock: Int, limit: Int, waits: Bool,
     while condition: (_ index: Int, _ entry: UInt32) -> Bool
   ) -> Int {
@@ -169,7 +178,7 @@ extension MemoryImage {
   }
 
   @inline(never)
-  private func dataFailure(
+  func dataFailure(
     _ problem: ChunkOutcome, _ store: ChunkStore, region: Int, block: Int
   ) -> ImageError {
     if case .failed(let errno) = problem.outcome {

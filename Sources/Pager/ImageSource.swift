@@ -30,6 +30,22 @@ public struct ImageSource: PageSource {
     }
   }
 
+  /// The same with short runs of zeros; see `MemoryImage.read`.
+  @unsafe public func read(
+    region: Int, offset: Int, length: Int, zeros: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun {
+    let block = ImageLimits.blockSize
+    do {
+      // SAFETY: as the caller vouches.
+      let run = try unsafe image.read(
+        region: region, firstBlock: offset / block, blockCount: length / block,
+        zeros: zeros / block, into: buffer)
+      return SourceRun(isZero: run.kind == .zero, length: run.blockCount * block)
+    } catch {
+      throw PageSourceError(error)
+    }
+  }
+
   /// The same, of what is in the page cache; see `MemoryImage.readAtHand`.
   @unsafe public func readAtHand(
     region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer

@@ -36,6 +36,12 @@ public protocol PageSource: Sendable {
     region: Int, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer
   ) throws(PageSourceError) -> SourceRun
 
+  /// As `read`, for whoever wants all of it: fewer than `zeros` bytes of zeros between data are
+  /// data, and written as such.
+  @unsafe func read(
+    region: Int, offset: Int, length: Int, zeros: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun
+
   /// As `read`, but waits for no device, no network and no other thread: `nil` where it would
   /// have to.
   @unsafe func readAtHand(
@@ -49,6 +55,34 @@ public protocol PageSource: Sendable {
 extension PageSource {
   /// None.
   public var readAhead: Int { 0 }
+
+  /// Run by run.
+  @unsafe public func read(
+    region: Int, offset: Int, length: Int, zeros: Int, into buffer: UnsafeMutableRawPointer
+  ) throws(PageSourceError) -> SourceRun {
+    var done = 0
+    while done < length {
+      let run: SourceRun
+      do {
+        // SAFETY: as the caller vouches: the rest of its room.
+        run = try unsafe read(
+          region: region, offset: offset + done, length: length - done, into: buffer + done)
+      } catch {
+        // For whoever begins there.
+        guard done > 0 else { throw error }
+        break
+      }
+      if run.isZero {
+        guard run.length < zeros else {
+          if done == 0 { return run }
+          break
+        }
+        unsafe (buffer + done).initializeMemory(as: UInt8.self, repeating: 0, count: run.length)
+      }
+      done += run.length
+    }
+    return SourceRun(isZero: false, length: done)
+  }
 
   /// Nothing is at hand: for sources that cannot tell.
   @unsafe public func readAtHand(

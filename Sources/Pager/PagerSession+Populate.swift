@@ -130,7 +130,9 @@ extension PagerSession {
     }
     // A damaged page, and a run that ends inside a page (hugetlbfs), go page by page.
     if region.share == nil,
-      let run = try? fetchRun(first, limit: claimed, region, bench, insists: true),
+      let run = try? fetchRun(
+        first, limit: claimed, region, bench, insists: true,
+        zeros: isReplay ? Self.zerosWithData : 0),
       run.count > 0
     {
       // hugetlbfs has no ZEROPAGE: its pages of zeros come by themselves.

@@ -172,15 +172,19 @@ extension PagerSession {
   @unsafe
   @inline(__always)
   func read(
-    _ region: PagedRegion, offset: Int, length: Int, into buffer: UnsafeMutableRawPointer,
-    waits: Bool
+    _ region: PagedRegion, offset: Int, length: Int, zeros: Int = 0,
+    into buffer: UnsafeMutableRawPointer, waits: Bool
   ) throws(PageSourceError) -> SourceRun? {
+    let number = region.sourceRegion
     // SAFETY: the caller vouches for room for `length` bytes.
-    waits
+    guard waits else {
+      return try unsafe source.readAtHand(
+        region: number, offset: offset, length: length, into: buffer)
+    }
+    return zeros > 0
       ? try unsafe source.read(
-        region: region.sourceRegion, offset: offset, length: length, into: buffer)
-      : try unsafe source.readAtHand(
-        region: region.sourceRegion, offset: offset, length: length, into: buffer)
+        region: number, offset: offset, length: length, zeros: zeros, into: buffer)
+      : try unsafe source.read(region: number, offset: offset, length: length, into: buffer)
   }
 
   // MARK: - Resolution

@@ -10,6 +10,10 @@ extension PagerSession {
   /// hold up the reading of events.
   static var pieceLength: Int { 256 << 10 }
 
+  /// Zeros between data that are shorter are copied with it where all of it is wanted: each cut
+  /// costs two calls of the kernel more, and a guest mostly writes to what it had left zero.
+  static var zerosWithData: Int { 16 << 10 }
+
   /// Bytes of a thread's bench: a piece, or the largest page.
   var benchLength: Int {
     max(Self.pieceLength, regions.reduce(0) { max($0, $1.pageSize.bytes) })
@@ -29,12 +33,13 @@ extension PagerSession {
   ///   - limit: pages that fit into the bench, at least 1.
   ///   - insists: reads on until there are that many. Otherwise one read of the source
   ///     decides: what it has at no extra cost.
+  ///   - zeros: bytes; fewer zeros than that are data.
   /// - Returns: `count` 0 where the run ends inside of the first page (hugetlbfs), and where that
   ///   is not at hand and this thread may not wait.
   /// - Throws: when there is nothing right from the first page on.
   func fetchRun(
     _ first: Int, limit: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
-    insists: Bool
+    insists: Bool, zeros: Int = 0
   ) throws(PageSourceError) -> FetchedRun {
     let size = region.pageSize.bytes
     let start = region.sourceOffset + first * size
@@ -44,8 +49,8 @@ extension PagerSession {
       do {
         // SAFETY: the bench has room for `limit` pages.
         found = try unsafe read(
-          region, offset: start + done, length: limit * size - done, into: bench.pointer + done,
-          waits: bench.waits)
+          region, offset: start + done, length: limit * size - done, zeros: zeros,
+          into: bench.pointer + done, waits: bench.waits)
       } catch {
         // Damage further up is for the fault, or the step, that begins there.
         guard done >= size else { throw error }

@@ -41,7 +41,7 @@ extension PagerSession {
   public func replay(
     _ runs: [WorkingSetRun], progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(PagerError) {
-    try fill(pieces(of: runs), isReplay: true, progress: progress)
+    try fill(joined(pieces(of: runs)), isReplay: true, progress: progress)
   }
 
   /// The pages of a working set that the session has, in its order, but those that lie within a
@@ -86,6 +86,23 @@ extension PagerSession {
       }
     }
     return pieces
+  }
+
+  /// Pieces that follow each other as one, up to 1 MiB: where one thread ends and another goes on,
+  /// both decompress the chunk that lies there.
+  private func joined(_ pieces: [FillPiece]) -> [FillPiece] {
+    var joined: [FillPiece] = []
+    for piece in pieces {
+      if let last = joined.last, last.region === piece.region,
+        last.pages.upperBound == piece.pages.lowerBound, last.bytes + piece.bytes <= 1 << 20
+      {
+        let pages = last.pages.lowerBound..<piece.pages.upperBound
+        joined[joined.count - 1] = FillPiece(region: last.region, pages: pages)
+      } else {
+        joined.append(piece)
+      }
+    }
+    return joined
   }
 
   private func pagesInStep(_ region: PagedRegion) -> Int {

@@ -104,7 +104,7 @@ struct AtomicityTests {
 
       let region = ImageRegion(
         name: "ram", guestAddress: GuestAddress(0), length: 4 << 20, pageSize: .size4KiB)
-      var random = Random(seed: 9)
+      var random = SeededRandom(seed: 9)
       let bytes = (0..<1024).flatMap { _ in
         (0..<512).flatMap { _ in RawImage.littleEndian(random.next()) }
       }

@@ -40,7 +40,7 @@ struct BoundedMemoryTests {
   }
 
   private func hasData(_ block: Int) -> Bool {
-    var random = Random(seed: UInt64(block))
+    var random = SeededRandom(seed: UInt64(block))
     return random.next() % 24 == 0
   }
 
@@ -64,7 +64,7 @@ struct BoundedMemoryTests {
       let expected = (0..<Self.pages * 1022).map(hasData)
       let wrong = Atomic(0)
       try PieceWork(pieces: 4, threads: 4).run(name: "read") { (piece) throws(ImageError) in
-        var random = Random(seed: UInt64(piece))
+        var random = SeededRandom(seed: UInt64(piece))
         let start = UnsafeMutableRawPointer.allocate(byteCount: 64 * 4096, alignment: 8)
         defer { unsafe start.deallocate() }
         for _ in 0..<6000 {

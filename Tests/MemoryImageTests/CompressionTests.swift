@@ -27,7 +27,7 @@ struct CompressionTests {
 
   @Test("What compresses takes less, what does not takes no more", arguments: [true, false])
   func size(compresses: Bool) throws {
-    var random = Random(seed: 3)
+    var random = SeededRandom(seed: 3)
     let blocks = (0..<256).map { block in
       compresses ? text(block) : (0..<512).flatMap { _ in RawImage.littleEndian(random.next()) }
     }
@@ -48,7 +48,7 @@ struct CompressionTests {
 
   @Test("Equal blocks are stored once, wherever they are", arguments: Sample.encodings)
   func equalBlocks(options: ImageOptions) throws {
-    var random = Random(seed: 5)
+    var random = SeededRandom(seed: 5)
     let contents = (0..<8).map { _ in
       (0..<512).flatMap { _ in RawImage.littleEndian(random.next()) }
     }

@@ -17,7 +17,7 @@ struct CopyTests {
       let whole = directory.appending("whole")
       var sample = Sample(seed: 3, blocks: [1100, 40])
       try sample.write(to: base)
-      var random = Random(seed: 4)
+      var random = SeededRandom(seed: 4)
       let changes = [2: Sample.randomBlock(&random), 1030: Sample.zeroBlock]
       var writer = try ImageWriter(
         path: top, regions: sample.regions, parent: try MemoryImage(path: base))
@@ -59,7 +59,7 @@ struct CopyTests {
     let sample = Sample.machine
     let file = try ScratchFile(try Sample.machineImage.get().bytes)
     let image = try MemoryImage(path: file.path)
-    var random = Random(seed: 2)
+    var random = SeededRandom(seed: 2)
     for _ in 0..<100 {
       let region = Int.random(in: 0...1, using: &random)
       let count = sample.regions[region].blockCount

@@ -3,6 +3,7 @@
 import LinuxSystem
 import MemoryImage
 import SystemPackage
+import TestSupport
 import Testing
 
 /// Changes a field of an image; every checksum is right afterwards.
@@ -263,7 +264,7 @@ struct CraftedImageTests {
     "Thousands of random changes never trap and never give wrong memory",
     arguments: [0x1CEB_00DA, 0xBADC_AB1E] as [UInt64], [false, true])
   func fuzz(seed: UInt64, resealed: Bool) throws {
-    var random = Random(seed: seed)
+    var random = SeededRandom(seed: seed)
     let intact = try Sample.smallMachineImage.get()
     let sample = Sample.smallMachine
     let interesting: [UInt64] = [
@@ -296,7 +297,7 @@ struct CraftedImageTests {
 
 extension RawImage {
   /// One random change: mostly to fields, for these decide what is read.
-  fileprivate mutating func mutate(_ interesting: [UInt64], _ random: inout Random) {
+  fileprivate mutating func mutate(_ interesting: [UInt64], _ random: inout SeededRandom) {
     guard bytes.count >= 8192 else { return }
     let size = bytes.count
     switch Int.random(in: 0..<8, using: &random) {

@@ -50,7 +50,7 @@ struct DifferenceTests {
   func unrelated(encodings: (Int, Int), threads: Int) throws {
     let first = Sample(seed: 1, blocks: [2100, 7])
     var second = first
-    var random = Random(seed: 2)
+    var random = SeededRandom(seed: 2)
     for _ in 0..<40 {
       let (region, block) = Bool.random(using: &random) ? (0, Int.random(in: 0..<2100)) : (1, 3)
       second.data[region][block] = Bool.random() ? nil : Sample.randomBlock(&random)
@@ -80,7 +80,7 @@ struct DifferenceTests {
   func chain() throws {
     try withTemporaryDirectory { directory in
       let directory = FilePath(directory)
-      var random = Random(seed: 6)
+      var random = SeededRandom(seed: 6)
       let base = Sample(seed: 5, blocks: [1100, 40])
       try base.write(to: directory.appending("base"))
       let parent = try MemoryImage(path: directory.appending("base"))
@@ -175,7 +175,7 @@ struct DifferenceTests {
 
   @Test("A set of blocks counts and lists what was put in", arguments: [1, 2, 3] as [UInt64])
   func blockSet(seed: UInt64) {
-    var random = Random(seed: seed)
+    var random = SeededRandom(seed: seed)
     var set = BlockSet()
     var other = BlockSet()
     var oracle = Set<Int>()

@@ -45,7 +45,7 @@ private struct Fuzzer {
   }
 
   /// Changes one or more seeds and reads all of the one with that name.
-  mutating func run(_ name: String, _ random: inout Random) throws {
+  mutating func run(_ name: String, _ random: inout SeededRandom) throws {
     let seals = Int.random(in: 0..<4, using: &random) > 0
     let changed = name == "child.img" && Bool.random(using: &random) ? "parent.img" : name
     for other in Corpus.names {
@@ -70,7 +70,7 @@ private struct Fuzzer {
   }
 
   private mutating func read(
-    _ image: MemoryImage, _ region: Int, _ count: Int, _ random: inout Random
+    _ image: MemoryImage, _ region: Int, _ count: Int, _ random: inout SeededRandom
   ) throws {
     var block = 0
     while block < count {
@@ -127,7 +127,7 @@ struct FuzzTests {
     await #expect(processExitsWith: .success) { [name = name as String, seed = seed as UInt64] in
       try withTemporaryDirectory { directory in
         var fuzzer = try Fuzzer(directory)
-        var random = Random(seed: seed)
+        var random = SeededRandom(seed: seed)
         try fuzzer.run(name, &random)
         let before = peakKiB()
         let clock = ContinuousClock()

@@ -13,7 +13,7 @@ struct ParentTests {
   private func chain(
     _ options: [ImageOptions], in directory: FilePath
   ) throws -> [(sample: Sample, path: FilePath)] {
-    var random = Random(seed: 11)
+    var random = SeededRandom(seed: 11)
     var sample = Sample(seed: 10, blocks: [1100, 40])
     var chain: [(sample: Sample, path: FilePath)] = []
     for (generation, options) in options.enumerated() {
@@ -88,7 +88,7 @@ struct ParentTests {
     try withTemporaryDirectory { directory in
       let path = FilePath(directory).appending("child")
       let chain = try chain([options, ImageOptions()], in: FilePath(directory))
-      var random = Random(seed: 12)
+      var random = SeededRandom(seed: 12)
       var sample = chain[1].sample
       let parents = Set(sample.data.flatMap(\.values))
       // All blocks move, and one in ten is new.

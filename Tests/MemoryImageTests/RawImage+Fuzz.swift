@@ -2,6 +2,7 @@
 
 import LinuxSystem
 import SystemPackage
+import TestSupport
 
 extension RawImage {
   /// Where the entries of the chunk table lie, and how long each is; pages follow each other.
@@ -60,7 +61,7 @@ extension RawImage {
   // MARK: - Changes
 
   /// One random change of something that decides what is read.
-  mutating func mutateFormat(_ random: inout Random) {
+  mutating func mutateFormat(_ random: inout SeededRandom) {
     guard bytes.count >= 8192 else { return }
     switch Int.random(in: 0..<9, using: &random) {
     case 0:
@@ -95,7 +96,7 @@ extension RawImage {
   }
 
   /// Numbers that readers get wrong.
-  private static func number(_ random: inout Random) -> UInt64 {
+  private static func number(_ random: inout SeededRandom) -> UInt64 {
     let edges: [UInt64] = [
       0, 1, 2, 15, 16, 17, 255, 256, 4095, 4096, 4097, 8192, 65_536, 1 << 20, 1 << 31, 1 << 32,
       1 << 44, 1 << 63, .max - 4095, .max,
@@ -116,7 +117,7 @@ extension RawImage {
     }
   }
 
-  private mutating func mutateChunkEntry(_ random: inout Random) {
+  private mutating func mutateChunkEntry(_ random: inout SeededRandom) {
     guard let table = chunkTable, table.pages > 0 else { return }
     let size = table.entries == 255 ? 16 : 8
     let offset = table.offset + size * Int.random(in: 0..<8, using: &random)
@@ -134,7 +135,7 @@ extension RawImage {
   }
 
   /// Changes the data: a few bytes of a frame, or a frame that promises much.
-  private mutating func mutateFrame(_ random: inout Random) {
+  private mutating func mutateFrame(_ random: inout SeededRandom) {
     let (start, length) = (word(Header.data), word(Header.dataLength))
     guard length > 32, start < UInt64(bytes.count), length <= UInt64(bytes.count) - start
     else { return }

@@ -65,7 +65,7 @@ struct RoundTripTests {
   @Test("The bytes are those that the document gives as its example")
   func exampleOfTheDocument() throws {
     var sample = Sample(seed: 0, blocks: [2048])
-    var random = Random(seed: 3)
+    var random = SeededRandom(seed: 3)
     sample.regions[0].name = "ram"
     sample.data[0] = [0: Sample.randomBlock(&random)]
     sample.metadata = ["arch": "x86_64"]
@@ -125,7 +125,7 @@ struct RoundTripTests {
   @Test("A region of 64 GiB with three blocks of data opens at once and takes little disk")
   func sparse() throws {
     let last = (64 << 18) - 1
-    var random = Random(seed: 4)
+    var random = SeededRandom(seed: 4)
     let blocks = Dictionary(
       uniqueKeysWithValues: [0, 5_000_000, last].map { ($0, Sample.randomBlock(&random)) })
     let region = ImageRegion(
@@ -153,7 +153,7 @@ struct RoundTripTests {
   @Test("A later write of a block replaces an earlier one")
   func rewrite() throws {
     var sample = Sample(seed: 5, blocks: [4])
-    var random = Random(seed: 5)
+    var random = SeededRandom(seed: 5)
     sample.data[0] = [1: Sample.randomBlock(&random), 2: Sample.randomBlock(&random)]
     try withTemporaryDirectory { directory in
       let path = FilePath(directory).appending("image")

@@ -64,6 +64,9 @@ static inline long clinux_write(int fd, const void *buffer, size_t length) {
 static inline long clinux_pread(int fd, void *buffer, size_t length, off_t offset) {
   return clinux_result(pread(fd, buffer, length, offset));
 }
+static inline long clinux_preadv(int fd, const struct iovec *places, int count, off_t offset) {
+  return clinux_result(preadv(fd, places, count, offset));
+}
 /// As pread, but EAGAIN where it would have to wait for storage (preadv2, RWF_NOWAIT).
 /// EOPNOTSUPP where the filesystem cannot say.
 static inline long clinux_pread_nowait(int fd, void *buffer, size_t length, off_t offset) {
