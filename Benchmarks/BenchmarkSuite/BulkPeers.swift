@@ -5,6 +5,7 @@ import CZstd
 import GuestMemory
 import LinuxSystem
 import MemoryImage
+import Synchronization
 import SystemPackage
 import Userfault
 
@@ -52,10 +53,11 @@ final class BulkPeers: @unchecked Sendable {
 
   /// libzstd alone: from memory to memory that stays in the processor's cache.
   func decode() throws {
+    let tools = Tools(length: chunkBytes)
     try PieceWork(pieces: pieceCount, threads: 2).run(name: "decode") { (piece) throws(Errno) in
-      let room = BenchmarkRoom(self.chunkBytes)
-      let context = unsafe ZSTD_createDCtx()
-      defer { unsafe ZSTD_freeDCtx(context) }
+      let tool = tools.take()
+      defer { tools.put(tool) }
+      let (room, context) = (tool.room, unsafe tool.context)
       for (place, frame) in self.chunks(of: piece) {
         let source = unsafe self.frames.pointer + frame
         if place.count % 4096 == 0 {
@@ -72,11 +74,11 @@ final class BulkPeers: @unchecked Sendable {
 
   /// The floor: read, decode, hash, UFFDIO_COPY; no index, no page states, no events.
   func fill(_ target: RawTarget) throws {
+    let tools = Tools(length: 1 << 20)
     try PieceWork(pieces: pieceCount, threads: 2).run(name: "floor") { (piece) throws(Errno) in
-      let room = BenchmarkRoom(1 << 20)
-      let frame = BenchmarkRoom(1 << 20)
-      let context = unsafe ZSTD_createDCtx()
-      defer { unsafe ZSTD_freeDCtx(context) }
+      let tool = tools.take()
+      defer { tools.put(tool) }
+      let (room, frame, context) = (tool.room, tool.frame, unsafe tool.context)
       let chunks = self.chunks(of: piece)
       var done = 0
       if self.isCompressed {
@@ -93,7 +95,7 @@ final class BulkPeers: @unchecked Sendable {
               context, room.pointer + done, self.chunkBytes, frame.pointer, place.count)
             guard ZSTD_isError(size) == 0 else { throw .ioError }
           }
-          _ = unsafe XXH_INLINE_XXH3_64bits_withSeed(room.pointer + done, size, 1)
+          _ = unsafe cxxhash_64(room.pointer + done, size, 1)
           done += size
         }
       } else {
@@ -102,7 +104,7 @@ final class BulkPeers: @unchecked Sendable {
         try unsafe self.file.readAll(
           into: UnsafeMutableRawBufferPointer(start: room.pointer, count: done), at: start)
         for block in 0..<chunks.count {
-          _ = unsafe XXH_INLINE_XXH3_64bits_withSeed(room.pointer + block * 4096, 4096, 1)
+          _ = unsafe cxxhash_64(room.pointer + block * 4096, 4096, 1)
         }
       }
       // SAFETY: the room has that many bytes, and the target as much memory as the image.
@@ -116,6 +118,33 @@ final class BulkPeers: @unchecked Sendable {
   private func chunks(of piece: Int) -> ArraySlice<(file: Range<Int>, frame: Int)> {
     places[piece * perPiece..<min((piece + 1) * perPiece, places.count)]
   }
+}
+
+/// What threads decode with, made once for each.
+private final class Tools: Sendable {
+  @safe
+  final class Tool: @unchecked Sendable {
+    // SAFETY: whoever took it out of the list is its only user.
+    let room: BenchmarkRoom
+    let frame: BenchmarkRoom
+    let context: OpaquePointer?
+
+    init(length: Int) {
+      room = BenchmarkRoom(length)
+      frame = BenchmarkRoom(length)
+      unsafe context = ZSTD_createDCtx()
+    }
+
+    deinit { unsafe ZSTD_freeDCtx(context) }
+  }
+
+  private let length: Int
+  private let free = Mutex<[Tool]>([])
+
+  init(length: Int) { self.length = length }
+
+  func take() -> Tool { free.withLock { $0.popLast() } ?? Tool(length: length) }
+  func put(_ tool: Tool) { free.withLock { $0.append(tool) } }
 }
 
 /// A userfaultfd that threads share, and the memory that it watches.
