@@ -14,7 +14,7 @@ extension MemoryImage {
     region: Int, firstBlock: Int, blockCount: Int, zeros: Int, into buffer: UnsafeMutableRawPointer
   ) throws(ImageError) -> ImageRun {
     let geometry = try geometry(region, firstBlock: firstBlock, blockCount: blockCount)
-    var gather = unsafe Gather(buffer, pages)
+    var gather = unsafe Gather(buffer, pages, decoders)
     var hasData = false
     var block = 0
     // Up to the first block that is not to be had.
@@ -81,6 +81,7 @@ private struct Gather: ~Copyable {
   // SAFETY: whoever makes it vouches for room for all blocks that are added.
   private let buffer: UnsafeMutableRawPointer
   private let pages: VerifiedPages
+  private let decoders: DecoderPool
   private var store: ChunkStore?
   private var parts = InlineArray<32, Part>(repeating: Part())
   private var count = 0
@@ -88,9 +89,10 @@ private struct Gather: ~Copyable {
   private(set) var problem: (place: Int, outcome: ChunkOutcome, store: ChunkStore)?
 
   @unsafe
-  init(_ buffer: UnsafeMutableRawPointer, _ pages: VerifiedPages) {
+  init(_ buffer: UnsafeMutableRawPointer, _ pages: VerifiedPages, _ decoders: DecoderPool) {
     unsafe self.buffer = buffer
     self.pages = pages
+    self.decoders = decoders
   }
 
   /// Of some blocks from the start of the buffer, how many are good.
@@ -111,8 +113,8 @@ private struct Gather: ~Copyable {
         return
       }
       if last === store, blocks <= 2, number < next {
-        // A block that was there before, in between: those after it follow those before it.
-        read(store, Part(number: number, count: blocks, place: place))
+        // Blocks that were there before, in between: those after them follow those before them.
+        for index in 0..<blocks { lookBack(store, number + index, at: place + index) }
         return
       }
     }
@@ -158,6 +160,29 @@ private struct Gather: ~Copyable {
       part.number - store.base, count: part.count,
       into: buffer + part.place * ImageLimits.blockSize, pages: pages)
     if let failure { note(failure, store, at: part.place + good) }
+  }
+
+  /// A block that may come again and again.
+  private mutating func lookBack(_ store: ChunkStore, _ number: Int, at place: Int) {
+    let (pages, room) = unsafe (pages, buffer + place * ImageLimits.blockSize)
+    do throws(Errno) {
+      let failure = try decoders.withDecoder(noMemory: { $0 }) {
+        (decoder) throws(Errno) -> ChunkOutcome? in
+        if let kept = unsafe decoder.kept(number) {
+          // SAFETY: both have a whole block.
+          unsafe room.copyMemory(from: kept, byteCount: ImageLimits.blockSize)
+          return nil
+        }
+        // SAFETY: the buffer has room for the block.
+        let (_, failure) = unsafe store.readStored(
+          number - store.base, count: 1, into: room, pages: pages)
+        if failure == nil { unsafe decoder.keep(number, room) }
+        return failure
+      }
+      if let failure { note(failure, store, at: place) }
+    } catch {
+      read(store, Part(number: number, count: 1, place: place))
+    }
   }
 
   private mutating func check(_ store: ChunkStore, _ part: Part) {

@@ -168,25 +168,6 @@ extension PagerSession {
     return anyData ? .staged : .zero
   }
 
-  /// Asks the source; `nil` where it would have to wait and may not.
-  @unsafe
-  @inline(__always)
-  func read(
-    _ region: PagedRegion, offset: Int, length: Int, zeros: Int = 0,
-    into buffer: UnsafeMutableRawPointer, waits: Bool
-  ) throws(PageSourceError) -> SourceRun? {
-    let number = region.sourceRegion
-    // SAFETY: the caller vouches for room for `length` bytes.
-    guard waits else {
-      return try unsafe source.readAtHand(
-        region: number, offset: offset, length: length, into: buffer)
-    }
-    return zeros > 0
-      ? try unsafe source.read(
-        region: number, offset: offset, length: length, zeros: zeros, into: buffer)
-      : try unsafe source.read(region: number, offset: offset, length: length, into: buffer)
-  }
-
   // MARK: - Resolution
 
   /// Resolves a page and records its new state, if its state is still the expected one;

@@ -68,6 +68,25 @@ extension PagerSession {
     return FetchedRun(isZero: false, count: done / size)
   }
 
+  /// Asks the source; `nil` where it would have to wait and may not.
+  @unsafe
+  @inline(__always)
+  func read(
+    _ region: PagedRegion, offset: Int, length: Int, zeros: Int = 0,
+    into buffer: UnsafeMutableRawPointer, waits: Bool
+  ) throws(PageSourceError) -> SourceRun? {
+    let number = region.sourceRegion
+    // SAFETY: the caller vouches for room for `length` bytes.
+    guard waits else {
+      return try unsafe source.readAtHand(
+        region: number, offset: offset, length: length, into: buffer)
+    }
+    return zeros > 0
+      ? try unsafe source.read(
+        region: number, offset: offset, length: length, zeros: zeros, into: buffer)
+      : try unsafe source.read(region: number, offset: offset, length: length, into: buffer)
+  }
+
   /// Installs pages that are claimed and that the bench holds, or zeros.
   ///
   /// - Returns: how many, 0 when the first of them needs the way of a single page.
