@@ -18,6 +18,8 @@ public struct AttachMessage: Sendable, Hashable, Codable {
     case missing
     /// Through the memory file, then UFFDIO_CONTINUE; registered MISSING|MINOR.
     case minor
+    /// From the clean pages of all clones, by UFFDIO_CONTINUE; registered MISSING|MINOR.
+    case clone
   }
 
   /// A range of the VMM's memory.
@@ -34,7 +36,7 @@ public struct AttachMessage: Sendable, Hashable, Codable {
     public var offset: UInt64?
     /// How it is filled; `.missing` if not given.
     public var mode: Mode?
-    /// The memory file that it maps, counted from 0.
+    /// The memory file that it maps, counted from 0; of a clone the region of `ImageMessage`.
     public var memory: Int?
     /// Bytes into the memory file; 0 if not given.
     public var memoryOffset: UInt64?
@@ -114,23 +116,12 @@ public struct AttachMessage: Sendable, Hashable, Codable {
   /// Decodes a frame's JSON; the version is looked at first, so that a later one is
   /// refused as such, whatever else it has.
   public init(decoding payload: [UInt8]) throws(ProtocolError) {
-    let head: Head = try JSONMessage.decode(payload)
-    guard head.type == "attach" else {
-      throw ProtocolError(.badMessage, "its type is \"\(head.type)\", and \"attach\" is expected")
+    guard case .attach(let message) = try VMMMessage(decoding: payload) else {
+      throw ProtocolError(.badMessage, "its type is \"open\", and \"attach\" is expected")
     }
-    guard head.version == HandoverFrame.version else {
-      throw ProtocolError(
-        .unsupportedVersion,
-        "version \(head.version) is not spoken here, only \(HandoverFrame.version)")
-    }
-    self = try JSONMessage.decode(payload)
+    self = message
   }
 
   /// The whole frame.
   public func frame() throws(ProtocolError) -> [UInt8] { try JSONMessage.frame(self) }
-
-  private struct Head: Decodable {
-    var type: String
-    var version: Int
-  }
 }

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
-/// What a service sends (docs/handover.md, "ok and error", "status").
+/// What a service sends (docs/handover.md).
 public enum ServiceMessage: Sendable, Hashable {
   /// The VMM is served; the service's name for the session.
   case ok(session: String)
+  /// The clean pages of an image, for a clone.
+  case image(ImageMessage)
   /// The VMM is refused.
   case error(code: String, message: String, versions: [Int]? = nil)
   /// Something happened to a session.
@@ -16,6 +18,10 @@ public enum ServiceMessage: Sendable, Hashable {
     case .ok(let session):
       wire.type = "ok"
       wire.session = session
+    case .image(let image):
+      wire.type = "image"
+      wire.pageSize = image.pageSize
+      wire.regions = image.regions
     case .error(let code, let message, let versions):
       wire.type = "error"
       wire.code = code
@@ -41,6 +47,11 @@ public enum ServiceMessage: Sendable, Hashable {
         throw ProtocolError(.badMessage, "it has no \"session\"")
       }
       self = .ok(session: session)
+    case "image":
+      guard let pageSize = wire.pageSize, let regions = wire.regions else {
+        throw ProtocolError(.badMessage, "it has no \"page_size\" or no \"regions\"")
+      }
+      self = .image(ImageMessage(pageSize: pageSize, regions: regions))
     case "error":
       guard let code = wire.code else { throw ProtocolError(.badMessage, "it has no \"code\"") }
       self = .error(code: code, message: wire.message ?? "", versions: wire.versions)
@@ -65,10 +76,13 @@ public enum ServiceMessage: Sendable, Hashable {
     var hostAddress: UInt64?
     var length: UInt64?
     var dropped: Int?
+    var pageSize: UInt64?
+    var regions: [ImageMessage.Region]?
 
     enum CodingKeys: String, CodingKey {
-      case type, session, code, message, versions, event, length, dropped
+      case type, session, code, message, versions, event, length, dropped, regions
       case hostAddress = "host_address"
+      case pageSize = "page_size"
     }
   }
 }

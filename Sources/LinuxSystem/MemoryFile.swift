@@ -42,6 +42,12 @@ public struct MemoryFile: ~Copyable, Sendable {
     _ = try check(clinux_add_seals(descriptor.rawValue, futureWrites ? 0x17 : 0x07))
   }
 
+  /// Leaves only its owner, and who may override permissions, able to open it anew through /proc:
+  /// mode 0600. A new object has 0777 (mm/shmem.c, fs/hugetlbfs/inode.c).
+  public borrowing func restrictToOwner() throws(Errno) {
+    _ = try check(clinux_fchmod(descriptor.rawValue, 0o600))
+  }
+
   /// Takes over an object with pages of 4 KiB, such as a guest_memfd.
   ///
   /// - Parameter length: of the object in bytes; a multiple of 4 KiB.

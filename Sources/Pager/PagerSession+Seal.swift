@@ -2,6 +2,7 @@
 
 internal import GuestMemory
 internal import LinuxSystem
+internal import SystemPackage
 internal import Userfault
 
 extension PagerSession {
@@ -37,6 +38,63 @@ extension PagerSession {
       }
     }
     return isSealed
+  }
+
+  /// Has clones go on without the session. A page that nobody watches and that is not mapped is
+  /// the cache's: so what they gave back is made zeros in place, and the caches take no page out
+  /// any more, for as long as they live. Nothing is done where no region is a clone's.
+  ///
+  /// Call it while the session serves, then `seal`, then `release`. What a clone gives back later
+  /// has the image's content when it is touched again.
+  ///
+  /// - Returns: `false` when a page is left: keep the session until the process has ended.
+  public func detachClones() -> Bool {
+    let clones = regions.filter { $0.share != nil }
+    guard !clones.isEmpty else { return true }
+    for region in clones { region.share?.cache.retire() }
+    let bench: SendableBench
+    do throws(Errno) {
+      bench = try SendableBench(length: benchLength)
+    } catch {
+      return false
+    }
+    return clones.allSatisfy { putZeros($0, bench.buffer) }
+  }
+
+  /// Puts zeros where a clone gave pages back and has not touched them since.
+  private func putZeros(_ region: PagedRegion, _ bench: borrowing Workbench) -> Bool {
+    var (page, attempts) = (0, 0)
+    while page < region.pageCount {
+      var count = 0
+      while count < Self.sealedAtOnce, page + count < region.pageCount,
+        region.states.load(page + count) == .removed
+      {
+        count += 1
+      }
+      guard count > 0 else {
+        page += 1
+        continue
+      }
+      let resolution =
+        region.pageSize == .size4KiB
+        ? memory.zeropage(region.range(of: page, count: count))
+        // hugetlbfs has no ZEROPAGE. SAFETY: the bench is as long as a page, and new: zeros.
+        : unsafe memory.copy(from: bench.pointer, to: region.range(of: page))
+      page += resolution.bytesDone / region.pageSize.bytes
+      switch resolution.obstacle {
+      case nil, .partial: break
+      // It was touched.
+      case .alreadyPresent: page += 1
+      // It was unmapped.
+      case .notRegistered: page += 1
+      case .processGone: return true
+      case .mappingChanging where attempts < 10_000:
+        attempts += 1
+        Pause.microseconds(100)
+      default: return false
+      }
+    }
+    return true
   }
 
   private static var sealedAtOnce: Int { 512 }

@@ -255,6 +255,13 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// Whether the guest's process is gone or the session failed.
   public var hasEnded: Bool { state.withLock { $0.end != nil } }
 
+  /// Whether the guest's process still has the memory; `false` as soon as it exits, which a
+  /// session that is idle learns a moment later.
+  public var hasGuest: Bool { !hasEnded && memory.userfaultfd.hasAddressSpace }
+
+  /// Whether regions are clones'.
+  public var servesClone: Bool { regions.contains { $0.share != nil } }
+
   var endError: PagerError? {
     switch state.withLock({ $0.end }) {
     case nil: nil

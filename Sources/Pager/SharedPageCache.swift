@@ -13,9 +13,10 @@ public import SystemPackage
 /// the same memory in all clones; what a clone writes is copied by the kernel and its own.
 ///
 /// Nobody but this cache writes to the file. It can neither grow nor shrink (memfd_create(2),
-/// F_SEAL_GROW, F_SEAL_SHRINK). Without a limit it cannot be written to through any descriptor or
-/// new mapping either (F_SEAL_FUTURE_WRITE). With a limit pages have to be taken out again, which
-/// that seal forbids even to the cache; then give descriptors only to clones of other users.
+/// F_SEAL_GROW, F_SEAL_SHRINK), and only its owner and who may override permissions can open it
+/// anew (mode 0600). Without a budget it cannot be written to through any descriptor or new mapping
+/// either (F_SEAL_FUTURE_WRITE). With one pages have to be taken out again, which that seal forbids
+/// even to the cache; then give descriptors only to clones of other users.
 ///
 /// The owner keeps it while a clone has pages of it: sessions do that by themselves.
 public final class SharedPageCache: Sendable {
@@ -23,8 +24,8 @@ public final class SharedPageCache: Sendable {
   public let length: Int
   /// The unit in which it is filled.
   public let pageSize: PageSize
-  /// Bytes that it may take; `nil` for no limit.
-  public let limit: Int?
+  /// What it shares a limit with; `nil` for no limit.
+  public let budget: CacheBudget?
 
   private let file: MemoryFile
   private let alias: Mapping
@@ -36,28 +37,36 @@ public final class SharedPageCache: Sendable {
   private let evicted = Atomic<Int>(0)
   /// Where the search for a page that nobody has goes on.
   private let hand = Atomic<Int>(0)
+  /// Whether a page was given back since a search found none: without it none is looked for.
+  private let mayHaveIdle = Atomic<Bool>(false)
+  private let isRetired = Atomic<Bool>(false)
 
   /// An empty cache.
   ///
   /// - Parameters:
   ///   - length: bytes of the region; a multiple of the page size.
-  ///   - pageSize: 4 KiB gives tmpfs, 2 MiB hugetlbfs, whose pages are set aside now: `noMemory`
-  ///     when the pool has too few.
-  ///   - limit: bytes, at least 1 MiB or a page. What finds no room goes to the one clone that
+  ///   - pageSize: 4 KiB gives tmpfs, 2 MiB hugetlbfs. Without a budget its pages are set aside
+  ///     now: `noMemory` when the pool has too few.
+  ///   - budget: a limit, also of other caches. What finds no room goes to the one clone that
   ///     asked for it (UFFDIO_COPY).
   public init(
-    length: Int, pageSize: PageSize = .size4KiB, limit: Int? = nil
+    length: Int, pageSize: PageSize = .size4KiB, budget: CacheBudget? = nil
   ) throws(Errno) {
     file = try MemoryFile(name: "faultline-clean-pages", length: length, pageSize: pageSize)
     alias = try Mapping(
-      of: file.descriptor, length: length, sharing: .shared, reserved: pageSize != .size4KiB)
+      of: file.descriptor, length: length, sharing: .shared,
+      reserved: pageSize != .size4KiB && budget == nil)
     states = try PageStateTable(pageCount: length / pageSize.bytes)
     holders = try HolderCounts(pages: length / pageSize.bytes)
     self.length = length
     self.pageSize = pageSize
-    self.limit = limit.map { max($0, 1 << 20, pageSize.bytes) }
-    try file.seal(futureWrites: limit == nil)
+    self.budget = budget
+    try file.restrictToOwner()
+    try file.seal(futureWrites: budget == nil)
+    budget?.add(self)
   }
+
+  deinit { budget?.giveBack(usedBytes) }
 
   /// Bytes that are in the file.
   public var usedBytes: Int { used.load(ordering: .relaxed) }
@@ -79,6 +88,13 @@ public final class SharedPageCache: Sendable {
   public func duplicateForReading() throws(Errno) -> OwnedDescriptor {
     try OwnedDescriptor(
       openingForReading: FilePath("/proc/self/fd/\(file.descriptor.rawValue)"))
+  }
+
+  /// Has it give up no page any more: a clone goes on with its memory and without a session, so
+  /// nobody knows what it has. `PagerSession.detachClones` does this.
+  func retire() {
+    isRetired.store(true, ordering: .releasing)
+    budget?.remove(self)
   }
 
   // MARK: - For sessions
@@ -104,7 +120,11 @@ public final class SharedPageCache: Sendable {
   }
 
   /// Gives a share back.
-  func release(_ pages: Range<Int>) { for page in pages { holders.subtract(page) } }
+  func release(_ pages: Range<Int>) {
+    var isIdle = false
+    for page in pages where holders.subtract(page) == 0 { isIdle = true }
+    if isIdle { mayHaveIdle.store(true, ordering: .releasing) }
+  }
 
   /// Takes pages from one on that are not there, to fill them; how many.
   func claim(from first: Int, limit: Int) -> Int { states.claim(from: first, limit: limit) }
@@ -121,7 +141,7 @@ public final class SharedPageCache: Sendable {
   @unsafe
   func fill(_ pages: Range<Int>, from bytes: UnsafeRawPointer) -> Bool {
     let size = pages.count * pageSize.bytes
-    guard makeRoom(for: size) else {
+    guard budget?.take(size, for: self) ?? true else {
       giveBack(pages)
       return false
     }
@@ -131,7 +151,7 @@ public final class SharedPageCache: Sendable {
         // So that the copy cannot raise SIGBUS where the pool is empty.
         try alias.advise(.populateWrite, offset: offset, length: size)
       } catch {
-        used.wrappingSubtract(size, ordering: .relaxed)
+        budget?.giveBack(size)
         giveBack(pages)
         return false
       }
@@ -139,30 +159,29 @@ public final class SharedPageCache: Sendable {
     // SAFETY: the caller vouches for the bytes; the alias maps the whole file, and claimed pages
     // are this thread's.
     unsafe (alias.pointer + offset).copyMemory(from: bytes, byteCount: size)
+    used.wrappingAdd(size, ordering: .relaxed)
     states.fill(pages, with: .present)
     return true
   }
 
   // MARK: - Room
 
-  private func makeRoom(for bytes: Int) -> Bool {
-    guard let limit else {
-      used.wrappingAdd(bytes, ordering: .relaxed)
-      return true
-    }
-    // In turns over all pages, once.
-    var looked = 0
-    while used.wrappingAdd(bytes, ordering: .relaxed).newValue > limit {
-      used.wrappingSubtract(bytes, ordering: .relaxed)
-      var freed = 0
-      while freed < bytes, looked < pageCount {
-        let page = hand.wrappingAdd(1, ordering: .relaxed).oldValue % pageCount
-        looked += 1
-        if evict(page) { freed += pageSize.bytes }
+  /// Takes pages out that no clone has, in turns over all pages; how many bytes. One thread at a
+  /// time: the budget's.
+  func evict(bytes: Int) -> Int {
+    guard !isRetired.load(ordering: .acquiring) else { return 0 }
+    // A page that is given back from here on is for the next search.
+    guard mayHaveIdle.exchange(false, ordering: .acquiringAndReleasing) else { return 0 }
+    var freed = 0
+    for _ in 0..<pageCount {
+      guard freed < bytes else {
+        mayHaveIdle.store(true, ordering: .releasing)
+        break
       }
-      guard freed > 0 else { return false }
+      let page = hand.wrappingAdd(1, ordering: .relaxed).oldValue % pageCount
+      if evict(page) { freed += pageSize.bytes }
     }
-    return true
+    return freed
   }
 
   /// Takes a page out that no clone has.
@@ -183,6 +202,7 @@ public final class SharedPageCache: Sendable {
     }
     used.wrappingSubtract(pageSize.bytes, ordering: .relaxed)
     evicted.wrappingAdd(1, ordering: .relaxed)
+    budget?.noteEviction(pageSize.bytes)
     states.store(page, .absent)
     return true
   }
@@ -215,13 +235,16 @@ struct HolderCounts: ~Copyable, @unchecked Sendable {
     }
   }
 
-  func subtract(_ page: Int) {
+  /// How many are left.
+  @discardableResult
+  func subtract(_ page: Int) -> UInt16 {
     var found = unsafe counts[page].load(ordering: .relaxed)
     while found > 0, found < .max {
       let (done, original) = unsafe counts[page].compareExchange(
         expected: found, desired: found - 1, ordering: .acquiringAndReleasing)
-      if done { return }
+      if done { return found - 1 }
       found = original
     }
+    return found
   }
 }

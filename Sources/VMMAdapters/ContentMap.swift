@@ -18,7 +18,7 @@ public struct ContentRange: Sendable, Hashable {
   /// Bytes into that region; a multiple of 4 KiB.
   public let imageOffset: Int
   /// How absent pages are to be filled.
-  public let mode: ResolutionMode
+  public let mode: HandedRegion.Mode
   /// What it maps, if that was handed over.
   public let memory: HandedRegion.Memory?
   /// Which region of the hand-over it is from.
@@ -30,15 +30,26 @@ public struct ContentRange: Sendable, Hashable {
     return first..<first + host.length / ImageLimits.blockSize
   }
 
-  /// The range for a session, filled by UFFDIO_COPY.
+  /// The range for a session: a clone's, or filled by UFFDIO_COPY.
   ///
-  /// Throws `notSupported` for `.minor`, which the pager does in its own process only, and
-  /// what the kernel says when there is no memory for the page states.
-  public func makePagedRegion() throws(Errno) -> PagedRegion {
-    guard mode == .missing else { throw .notSupported }
-    return try PagedRegion(
-      host: host, pageSize: pageSize, guestAddress: guestAddress, sourceRegion: imageRegion,
-      sourceOffset: imageOffset)
+  /// Throws `notSupported` for `.minor`, which the pager does in its own process only;
+  /// `invalidArgument` for a clone that is not the whole of its cache; and what the kernel says
+  /// when there is no memory for the page states.
+  /// - Parameter caches: of the image's regions, if they were offered.
+  public func makePagedRegion(caches: [SharedPageCache] = []) throws(Errno) -> PagedRegion {
+    switch mode {
+    case .minor: throw .notSupported
+    case .clone(let number):
+      guard caches.indices.contains(number), number == imageRegion, imageOffset == 0,
+        caches[number].pageSize == pageSize
+      else { throw .invalidArgument }
+      return try PagedRegion(
+        cloneOf: caches[number], host: host, guestAddress: guestAddress, sourceRegion: imageRegion)
+    case .missing:
+      return try PagedRegion(
+        host: host, pageSize: pageSize, guestAddress: guestAddress, sourceRegion: imageRegion,
+        sourceOffset: imageOffset)
+    }
   }
 }
 

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
 public import LinuxSystem
-public import Pager
 
 /// A range of a VMM's memory, as it was handed over and checked.
 public struct HandedRegion: Sendable, Hashable {
@@ -22,6 +21,17 @@ public struct HandedRegion: Sendable, Hashable {
     public let offset: Int
   }
 
+  /// How absent pages are to be filled, as the VMM registered the range.
+  public enum Mode: Sendable, Hashable {
+    /// MISSING: by UFFDIO_COPY.
+    case missing
+    /// MISSING|MINOR: through the memory file, then UFFDIO_CONTINUE.
+    case minor
+    /// MISSING|MINOR: from a cache of clean pages that was offered, by UFFDIO_CONTINUE; the
+    /// region of the image by its number.
+    case clone(Int)
+  }
+
   /// Where it lies in the VMM's address space.
   public let host: HostRange
   /// The unit of a fault: 4 KiB or 2 MiB.
@@ -29,8 +39,8 @@ public struct HandedRegion: Sendable, Hashable {
   /// Where its content is.
   public let content: Content
   /// How its absent pages are to be filled, as its owner registered it.
-  public let mode: ResolutionMode
-  /// What it maps, if that was handed over; never `nil` for `.minor`.
+  public let mode: Mode
+  /// What it maps, if that was handed over; never `nil` for `.minor`, always for a clone.
   public let memory: Memory?
 
   /// The content's first byte on its scale.
@@ -52,7 +62,7 @@ struct ClaimedRegion {
   var position: UInt64
   var scale: Scale
   var pageSize: UInt64
-  var mode = ResolutionMode.missing
+  var mode = HandedRegion.Mode.missing
   var memory: (file: Int, offset: UInt64)?
 
   /// Checks it by itself; all arithmetic stays in range after this.

@@ -5,8 +5,8 @@ public import LinuxSystem
 internal import Synchronization
 internal import SystemPackage
 
-/// The service's end of a hand-over by docs/handover.md: `receive`, then `accept` or
-/// `refuse`, then `push`. It is the lifetime of the session on both sides.
+/// The service's end of a hand-over by docs/handover.md: `receive`, which also answers `open`,
+/// then `accept` or `refuse`, then `push`. It is the lifetime of the session on both sides.
 ///
 /// Sending never waits for the VMM.
 public final class HandoverConnection: Sendable {
@@ -33,25 +33,42 @@ public final class HandoverConnection: Sendable {
   /// - Parameters:
   ///   - allowedUsers: who may hand over; `nil` for everybody who could connect.
   ///   - stopSign: a descriptor that ends the wait when it can be read; -1 for none.
+  ///   - open: what a VMM gets that wants to be a clone; without it there are none. Called once
+  ///     at most. When the VMM leaves afterwards, this throws `.disconnected`.
   public func receive(
     limits: HandoverLimits = HandoverLimits(), allowedUsers: Set<UInt32>? = nil,
-    stopSign: CInt = -1
+    stopSign: CInt = -1,
+    open: ((OpenRequest) throws(HandoverError) -> ImageOffer)? = nil
   ) throws(HandoverError) -> HandoverRequest {
     var peer: PeerCredentials?
     do throws(HandoverError) {
+      let deadline = limits.deadline
       let sender = try Sender(socket, allowedUsers: allowedUsers)
       peer = sender.credentials
-      var descriptors = DescriptorList()
-      let payload = try receiveFrame(into: &descriptors, limits: limits, stopSign: stopSign)
-      let message: AttachMessage
-      do throws(ProtocolError) {
-        message = try AttachMessage(decoding: payload)
-      } catch {
-        throw HandoverError(error)
+      let process = try sender.openProcess(socket)
+      var assembler = FrameAssembler(payloadLimit: limits.messageBytes)
+      var opened: (request: OpenRequest, offer: ImageOffer)?
+      while true {
+        var descriptors = DescriptorList()
+        switch try nextMessage(&assembler, into: &descriptors, before: deadline, stopSign) {
+        case .attach(let message):
+          return try HandoverRequest(
+            message, descriptors, limits: limits, peer: sender.credentials, process: process,
+            opened: opened)
+        case .open(let message):
+          guard let open else {
+            throw HandoverError(.unsupported, "there are no clones here")
+          }
+          guard opened == nil else { throw HandoverError(.malformed, "\"open\" came twice") }
+          guard descriptors.isEmpty else {
+            throw HandoverError(.invalidDescriptor, "\"open\" came with descriptors")
+          }
+          let request = try OpenRequest(message, peer: sender.credentials)
+          let offer = try open(request)
+          try send(offer)
+          opened = (request, offer)
+        }
       }
-      return try HandoverRequest(
-        message, descriptors, limits: limits, peer: sender.credentials,
-        process: try sender.openProcess(socket))
     } catch {
       let complete = peer.map { error.from($0) } ?? error
       refuse(complete)
@@ -59,12 +76,17 @@ public final class HandoverConnection: Sendable {
     }
   }
 
-  private func receiveFrame(
-    into descriptors: inout DescriptorList, limits: HandoverLimits, stopSign: CInt
-  ) throws(HandoverError) -> [UInt8] {
-    let deadline = limits.deadline
-    var assembler = FrameAssembler(payloadLimit: limits.messageBytes)
+  private func nextMessage(
+    _ assembler: inout FrameAssembler, into descriptors: inout DescriptorList,
+    before deadline: UInt64, _ stopSign: CInt
+  ) throws(HandoverError) -> VMMMessage {
     while true {
+      do throws(ProtocolError) {
+        // What follows `attach` is dropped, as it would be if it came later.
+        if let payload = try assembler.next() { return try VMMMessage(decoding: payload) }
+      } catch {
+        throw HandoverError(error)
+      }
       let piece = try socket.receiveHandover(
         limit: 16 << 10, into: &descriptors, descriptorLimit: HandoverFrame.descriptorLimit,
         deadline: deadline, stopSign: stopSign)
@@ -73,12 +95,24 @@ public final class HandoverConnection: Sendable {
           .disconnected, "it ended after \(assembler.pendingBytes) bytes of its message")
       }
       assembler.append(piece)
-      do throws(ProtocolError) {
-        // What follows is dropped, as it would be if it came later.
-        if let payload = try assembler.next() { return payload }
-      } catch {
-        throw HandoverError(error)
-      }
+    }
+  }
+
+  /// Sends what a clone gets. Nothing was sent before, so there is room for it.
+  private func send(_ offer: ImageOffer) throws(HandoverError) {
+    let frame: [UInt8]
+    do throws(ProtocolError) {
+      frame = try ServiceMessage.image(offer.message).frame()
+    } catch {
+      throw HandoverError(error)
+    }
+    let descriptors = try offer.makeDescriptors()
+    do throws(Errno) {
+      try socket.send(frame, descriptors: descriptors.rawValues)
+    } catch {
+      throw HandoverError(
+        error == .brokenPipe || error == .connectionReset ? .disconnected : .inputOutput,
+        "the image's pages cannot be sent", errno: error)
     }
   }
 

@@ -17,6 +17,7 @@ public struct HandoverError: Error, Sendable {
       case imageMismatch = "image_mismatch"
       case unknownImage = "unknown_image"
       case unsupported, busy
+      case noMemory = "no_memory"
       case timedOut = "timed_out"
       case disconnected, cancelled
       case inputOutput = "internal"
@@ -42,6 +43,8 @@ public struct HandoverError: Error, Sendable {
     public static let unknownImage = Self(.unknownImage)
     /// The request is right, but this service does not do that.
     public static let unsupported = Self(.unsupported)
+    /// No memory for the image's pages, such as too few free huge pages.
+    public static let noMemory = Self(.noMemory)
     /// No room for another session.
     public static let busy = Self(.busy)
     /// The message was not complete in time.
@@ -106,6 +109,8 @@ extension HandoverError: CustomStringConvertible {
     case .unknownImage: "Name an image that the service has."
     case .unsupported: "See docs/handover.md for what there is."
     case .busy: "Try again when another VM has ended."
+    case .noMemory:
+      "Give this machine more huge pages (vm.nr_hugepages), or ask for pages of 4096 bytes."
     case .notAllowed: "Allow the user, or run the VMM as one that is allowed."
     case .invalidRegions, .invalidDescriptor: "The VMM is at fault."
     case .imageMismatch: "Serve the image that was made of this VM's memory file."

@@ -2,7 +2,6 @@
 
 internal import HandoverProtocol
 public import LinuxSystem
-internal import Pager
 internal import SystemPackage
 public import Userfault
 
@@ -30,13 +29,23 @@ public struct HandoverRequest: ~Copyable, Sendable {
   public let process: OwnedDescriptor
 
   /// Checks a message and the descriptors that came with it.
+  ///
+  /// - Parameter opened: what it asked for before, and was offered.
   init(
     _ message: AttachMessage, _ received: consuming DescriptorList, limits: HandoverLimits,
-    peer: PeerCredentials, process: consuming OwnedDescriptor
+    peer: PeerCredentials, process: consuming OwnedDescriptor,
+    opened: (request: OpenRequest, offer: ImageOffer)?
   ) throws(HandoverError) {
     var descriptors = received
     if let name = message.name { try Self.check(name: name) }
     if let image = message.image { try Self.check(image: image) }
+    if let request = opened?.request {
+      guard message.name ?? request.name == request.name,
+        message.image ?? request.image == request.image
+      else {
+        throw HandoverError(.malformed, "its \"name\" or \"image\" is not that of \"open\"")
+      }
+    }
     guard message.descriptors.count == descriptors.count else {
       throw HandoverError(
         .invalidDescriptor,
@@ -49,15 +58,18 @@ public struct HandoverRequest: ~Copyable, Sendable {
         .invalidDescriptor, "\"descriptors\" is not one userfaultfd, then memory files")
     }
     let regions = try HandedRegion.check(
-      try Self.claims(message.regions, memoryFiles: descriptors.count - 1), limit: limits.regions)
+      try Self.claims(
+        message.regions, memoryFiles: descriptors.count - 1, offer: opened?.offer),
+      limit: limits.regions)
     let fillRate = message.options?.fillRate
     guard (fillRate ?? 0) <= HandoverLimits.contentEnd else {
       throw HandoverError(.malformed, "\"fill_rate\" is too large")
     }
     let userfaultfd = try receivedUserfaultfd(&descriptors)
     try Self.check(regions, against: descriptors)
-    self.name = message.name
-    self.image = message.image
+    try Self.check(regions, against: userfaultfd)
+    name = message.name ?? opened?.request.name
+    image = message.image ?? opened?.request.image
     self.regions = regions
     self.record = message.options?.record
     self.fillRate = fillRate.map(Int.init)
@@ -69,7 +81,7 @@ public struct HandoverRequest: ~Copyable, Sendable {
 
   // MARK: - Rules
 
-  private static func check(name: String) throws(HandoverError) {
+  static func check(name: String) throws(HandoverError) {
     guard (1...255).contains(name.utf8.count),
       name.unicodeScalars.allSatisfy({ $0.properties.generalCategory != .control })
     else {
@@ -77,7 +89,7 @@ public struct HandoverRequest: ~Copyable, Sendable {
     }
   }
 
-  private static func check(image: String) throws(HandoverError) {
+  static func check(image: String) throws(HandoverError) {
     let allowed = image.utf8.allSatisfy { byte in
       switch byte {
       case UInt8(ascii: "a")...UInt8(ascii: "z"), UInt8(ascii: "A")...UInt8(ascii: "Z"),
@@ -94,7 +106,7 @@ public struct HandoverRequest: ~Copyable, Sendable {
   }
 
   private static func claims(
-    _ regions: [AttachMessage.Region], memoryFiles: Int
+    _ regions: [AttachMessage.Region], memoryFiles: Int, offer: ImageOffer?
   ) throws(HandoverError) -> [ClaimedRegion] {
     var claims: [ClaimedRegion] = []
     for (number, region) in regions.enumerated() {
@@ -106,22 +118,49 @@ public struct HandoverRequest: ~Copyable, Sendable {
         throw HandoverError(
           .malformed, "it has not one of \"guest_address\" and \"offset\"", region: number)
       }
-      let mode: ResolutionMode = region.mode == .minor ? .minor : .missing
-      guard mode == .missing || region.memory != nil else {
-        throw HandoverError(
-          .malformed, "its mode is minor and it has no \"memory\"", region: number)
-      }
-      if let file = region.memory, !(0..<memoryFiles).contains(file) {
-        throw HandoverError(
-          .invalidDescriptor, "there is no memory file \(file)", region: number)
-      }
+      let mode = try mode(of: region, number: number, memoryFiles: memoryFiles, offer: offer)
+      let memory = if case .clone = mode { nil as Int? } else { region.memory }
       claims.append(
         ClaimedRegion(
           host: region.hostAddress, length: region.length, position: position.0,
           scale: position.1, pageSize: region.pageSize ?? 4096, mode: mode,
-          memory: region.memory.map { ($0, region.memoryOffset ?? 0) }))
+          memory: memory.map { ($0, region.memoryOffset ?? 0) }))
     }
     return claims
+  }
+
+  private static func mode(
+    of region: AttachMessage.Region, number: Int, memoryFiles: Int, offer: ImageOffer?
+  ) throws(HandoverError) -> HandedRegion.Mode {
+    if region.mode == .clone {
+      guard let offer else {
+        throw HandoverError(
+          .malformed, "its mode is clone, and there was no \"open\" before", region: number)
+      }
+      return .clone(try offer.check(region, number: number))
+    }
+    guard region.mode != .minor || region.memory != nil else {
+      throw HandoverError(
+        .malformed, "its mode is minor and it has no \"memory\"", region: number)
+    }
+    if let file = region.memory, !(0..<memoryFiles).contains(file) {
+      throw HandoverError(
+        .invalidDescriptor, "there is no memory file \(file)", region: number)
+    }
+    return region.mode == .minor ? .minor : .missing
+  }
+
+  /// What a clone gives back has to be told from what the kernel unmaps by itself.
+  private static func check(
+    _ regions: [HandedRegion], against userfaultfd: borrowing Userfaultfd
+  ) throws(HandoverError) {
+    let clone = regions.firstIndex { region in
+      if case .clone = region.mode { true } else { false }
+    }
+    guard let clone, !userfaultfd.features.contains(.removeEvents) else { return }
+    throw HandoverError(
+      .invalidDescriptor, "it is a clone's, and the userfaultfd has no EVENT_REMOVE",
+      region: clone)
   }
 
   /// Each part that a region maps has to be in its memory file.

@@ -50,7 +50,8 @@ struct CloneTests {
     _ size: PageSize, pages: Int = 512, limit: Int? = nil
   ) throws -> SharedPageCache {
     try SharedPageCache(
-      length: size == .size4KiB ? pages * 4096 : 2 * size.bytes, pageSize: size, limit: limit)
+      length: size == .size4KiB ? pages * 4096 : 2 * size.bytes, pageSize: size,
+      budget: limit.map { CacheBudget(limit: $0) })
   }
 
   private func hasPages(_ size: PageSize) -> Bool { size == .size4KiB || Host.hasHugePages(24) }

@@ -90,6 +90,9 @@ static inline long clinux_lseek(int fd, off_t offset, int whence) {
 static inline long clinux_ftruncate(int fd, off_t length) {
   return clinux_result(ftruncate(fd, length));
 }
+static inline long clinux_fchmod(int fd, unsigned int mode) {
+  return clinux_result(fchmod(fd, (mode_t)mode));
+}
 static inline long clinux_fallocate(int fd, int mode, off_t offset, off_t length) {
   return clinux_result(syscall(SYS_fallocate, fd, mode, offset, length));
 }
