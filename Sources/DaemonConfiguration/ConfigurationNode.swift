@@ -103,7 +103,9 @@ struct ConfigurationNode {
 
   /// Bytes, such as 4096, 256M or 10GiB.
   func bytes(_ range: ClosedRange<Int>) throws(ConfigurationError) -> Int {
-    try value("a number of bytes such as 64M or 10G, at most \(range.upperBound >> 40)T") { text in
+    let least = range.lowerBound >= 1 << 20 ? "at least \(range.lowerBound >> 20)M and " : ""
+    let limits = "\(least)at most \(range.upperBound >> 40)T"
+    return try value("a number of bytes such as 64M or 10G, \(limits)") { text in
       Quantity.bytes(text).flatMap { range.contains($0) ? $0 : nil }
     }
   }

@@ -33,8 +33,8 @@ extension DaemonConfiguration {
     let sessionKeys = SessionConfiguration.keys
     let values = try root.values(
       allowed: [
-        "listen", "control-socket", "metrics", "fault-threads", "drain-timeout", "log-level",
-        "log-format",
+        "listen", "control-socket", "metrics", "fault-threads", "cache-size", "drain-timeout",
+        "log-level", "log-format",
       ] + sessionKeys)
     let defaults = try SessionConfiguration().changed(by: values)
     var listen: [ListenConfiguration] = []
@@ -55,6 +55,7 @@ extension DaemonConfiguration {
       "HOST:PORT, such as 127.0.0.1:9090 or [::1]:9090"
     ) { NetworkAddress($0) }
     faultThreads = try values["fault-threads"]?.number(1...64) ?? faultThreads
+    cacheLimit = try values["cache-size"]?.bytes(1 << 20...1 << 50)
     drainTimeoutMilliseconds =
       try values["drain-timeout"]?.milliseconds(100...86_400_000) ?? drainTimeoutMilliseconds
     logLevel = try values["log-level"]?.word() ?? logLevel

@@ -13,6 +13,9 @@ public struct DaemonConfiguration: Sendable, Hashable {
   public var metricsAddress: NetworkAddress?
   /// Threads that serve the faults of all sessions, 1 to 64.
   public var faultThreads = 2
+  /// Bytes of clean pages that are kept for clones, of all images together; `nil`: no limit, and
+  /// none are kept longer than clones have them.
+  public var cacheLimit: Int?
   /// How long a stop waits for sessions to be filled, in milliseconds.
   public var drainTimeoutMilliseconds = 60_000
   /// Which messages are logged.

@@ -15,16 +15,18 @@ internal import VMMAdapters
 final class Attachment: Sendable {
   private let registry: SessionRegistry
   private let images: ImageRegistry
+  private let caches: ImageCaches
   private let supervisor: Supervisor
   private let pool: PagerPool
   private let log: Logger
 
   init(
-    _ registry: SessionRegistry, _ images: ImageRegistry, _ supervisor: Supervisor,
-    _ pool: PagerPool, log: Logger
+    _ registry: SessionRegistry, _ images: ImageRegistry, _ caches: ImageCaches,
+    _ supervisor: Supervisor, _ pool: PagerPool, log: Logger
   ) {
     self.registry = registry
     self.images = images
+    self.caches = caches
     self.supervisor = supervisor
     self.pool = pool
     self.log = log
@@ -38,7 +40,11 @@ final class Attachment: Sendable {
     do throws(HandoverError) {
       switch configuration.handover {
       case .firecracker: try attachFirecracker(connection, stopSign, configuration)
-      case .faultline: try attachFaultline(connection, stopSign, configuration)
+      case .faultline:
+        guard try attachFaultline(connection, stopSign, configuration) else {
+          registry.noteHandover("opened")
+          return
+        }
       }
       registry.noteHandover("accepted")
     } catch {
@@ -56,37 +62,73 @@ final class Attachment: Sendable {
       on: connection.socket, allowedUsers: configuration.allowedUsers, stopSign: stopSign)
     let identity = GuestIdentity(name: nil, handover: .firecracker, peer: handover.peer)
     let regions = handover.regions
-    let image = try image(for: identity, asking: nil, configuration)
+    let image = try image(for: identity, asking: nil, configuration).image
     try serve(
       Guest(
-        identity: identity, image: image, regions: regions, connection: nil,
+        identity: identity, image: image, cache: nil, regions: regions, connection: nil,
         // Firecracker keeps its end open and says nothing more; so is ours.
         kept: connection),
       handover.userfaultfd, handover.process, configuration.sessions)
   }
 
+  /// - Returns: `false` when the VMM opened an image, and left.
   private func attachFaultline(
     _ connection: HandoverConnection, _ stopSign: CInt, _ configuration: ListenConfiguration
-  ) throws(HandoverError) {
-    let request = try connection.receive(
-      allowedUsers: configuration.allowedUsers, stopSign: stopSign)
+  ) throws(HandoverError) -> Bool {
+    var opened: (image: MemoryImage, cache: ImageCache)?
+    let request: HandoverRequest
+    do throws(HandoverError) {
+      request = try connection.receive(
+        allowedUsers: configuration.allowedUsers, stopSign: stopSign
+      ) { (request) throws(HandoverError) in
+        let (found, offer) = try self.open(request, configuration)
+        opened = found
+        return offer
+      }
+    } catch {
+      guard error.code == .disconnected, opened != nil else { throw error }
+      return false
+    }
     do throws(HandoverError) {
       let identity = GuestIdentity(
         name: request.name, handover: .faultline, peer: request.peer)
       var sessions = configuration.sessions
       sessions.record = request.record ?? sessions.record
       sessions.fillRate = request.fillRate ?? sessions.fillRate
-      let image = try image(for: identity, asking: request.image, configuration)
+      let image: MemoryImage
+      if let opened {
+        image = opened.image
+      } else {
+        image = try self.image(for: identity, asking: request.image, configuration).image
+      }
       let regions = request.regions
       try serve(
         Guest(
-          identity: identity, image: image, regions: regions, connection: connection,
-          kept: connection),
+          identity: identity, image: image, cache: opened?.cache, regions: regions,
+          connection: connection, kept: connection),
         request.userfaultfd, request.process, sessions)
+      return true
     } catch {
       connection.refuse(error)
       throw error
     }
+  }
+
+  /// What a VMM gets that wants to be a clone.
+  private func open(
+    _ request: OpenRequest, _ configuration: ListenConfiguration
+  ) throws(HandoverError) -> ((image: MemoryImage, cache: ImageCache), ImageOffer) {
+    let identity = GuestIdentity(name: request.name, handover: .faultline, peer: request.peer)
+    let (image, file) = try image(for: identity, asking: request.image, configuration)
+    var cache: ImageCache?
+    let offer = try ImageOffer(regions: image.regions, pageSize: request.pageSize) {
+      () throws(Errno) in
+      let found = try caches.cache(of: image, identity: file, pageSize: request.pageSize)
+      cache = found
+      return found.regions
+    }
+    guard let cache else { throw HandoverError(.inputOutput, "there is no cache") }
+    return ((image, cache), offer)
   }
 
   // MARK: - Steps
@@ -94,6 +136,7 @@ final class Attachment: Sendable {
   private struct Guest {
     let identity: GuestIdentity
     let image: MemoryImage
+    let cache: ImageCache?
     let regions: [HandedRegion]
     let connection: HandoverConnection?
     let kept: HandoverConnection
@@ -101,7 +144,7 @@ final class Attachment: Sendable {
 
   private func image(
     for identity: GuestIdentity, asking name: String?, _ configuration: ListenConfiguration
-  ) throws(HandoverError) -> MemoryImage {
+  ) throws(HandoverError) -> (image: MemoryImage, identity: FileIdentity) {
     let values = ImageTemplate.Values(
       image: name, name: identity.name, userID: identity.peer.userID,
       processID: identity.peer.processID)
@@ -123,18 +166,8 @@ final class Attachment: Sendable {
     _ configuration: SessionConfiguration
   ) throws(HandoverError) {
     let ranges = try ContentMap.ranges(of: guest.regions, in: guest.image.regions)
-    var regions: [PagedRegion] = []
-    for range in ranges {
-      do throws(Errno) {
-        regions.append(try range.makePagedRegion())
-      } catch {
-        throw HandoverError(
-          error == .notSupported ? .unsupported : .inputOutput,
-          error == .notSupported
-            ? "mode minor is not served for another process" : "no memory for its page states",
-          region: range.handedRegion, peer: guest.identity.peer, errno: error)
-      }
-    }
+    let regions = try pagedRegions(ranges, guest)
+    let isClone = ranges.contains { if case .clone = $0.mode { true } else { false } }
     if configuration.onDamage == .stopVMM { warnUnlessKillable(guest, process) }
     let box = SessionBox()
     var options = PagerOptions(
@@ -156,7 +189,8 @@ final class Attachment: Sendable {
         options: options, registers: false, process: process)
       session = GuestSession(
         id: registry.makeID(), identity: guest.identity, image: guest.image, pager: pager,
-        regions: ranges, connection: guest.connection, kept: guest.kept,
+        cache: isClone ? guest.cache : nil, regions: ranges, connection: guest.connection,
+        kept: guest.kept,
         records: configuration.record, log: log)
       box.fill(session)
       registry.add(session)
@@ -169,6 +203,30 @@ final class Attachment: Sendable {
         peer: guest.identity.peer, errno: error.errno)
     }
     announce(session, configuration)
+  }
+
+  private func pagedRegions(
+    _ ranges: [ContentRange], _ guest: Guest
+  ) throws(HandoverError) -> [PagedRegion] {
+    var regions: [PagedRegion] = []
+    for range in ranges {
+      func failure(
+        _ code: HandoverError.Code, _ reason: String, _ errno: Errno? = nil
+      ) -> HandoverError {
+        HandoverError(
+          code, reason, region: range.handedRegion, peer: guest.identity.peer, errno: errno)
+      }
+      do throws(Errno) {
+        regions.append(try range.makePagedRegion(caches: guest.cache?.regions ?? []))
+      } catch .notSupported {
+        throw failure(.unsupported, "mode minor is not served for another process")
+      } catch .invalidArgument {
+        throw failure(.invalidRegions, "a clone's region is not one of the image's")
+      } catch {
+        throw failure(.inputOutput, "no memory for its page states", error)
+      }
+    }
+    return regions
   }
 
   /// Says at the start what would otherwise be found out when a page is damaged.
@@ -188,8 +246,9 @@ final class Attachment: Sendable {
 
   private func announce(_ session: GuestSession, _ configuration: SessionConfiguration) {
     let name = session.identity.name.map { " \($0)," } ?? ""
+    let kind = session.cache == nil ? "" : ", a clone"
     log.info(
-      "session \(session.id) begins:\(name) \(session.identity.peer)",
+      "session \(session.id) begins:\(name) \(session.identity.peer)\(kind)",
       metadata: [
         "session": "\(session.id)", "image": "\(session.image.path)",
         "bytes": "\(session.bytes)",

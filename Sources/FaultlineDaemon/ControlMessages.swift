@@ -40,6 +40,8 @@ public enum ControlMessage {
     public var started: Int
     /// Memory that is served.
     public var bytes: Int
+    /// Whether it shares its clean pages with other clones of the image.
+    public var clone: Bool
     /// Whether first touches are recorded.
     public var records: Bool
     /// Faults so far.
@@ -55,8 +57,8 @@ public enum ControlMessage {
 
     // Snake case makes process_id of these, and these of process_id.
     enum CodingKeys: String, CodingKey {
-      case id, state, name, handover, image, started, bytes, records, faults, failedPages
-      case pendingReads, fill, statistics
+      case id, state, name, handover, image, started, bytes, clone, records, faults
+      case failedPages, pendingReads, fill, statistics
       case processID = "processId"
       case userID = "userId"
     }

@@ -18,15 +18,18 @@ final class ControlService: Sendable {
 
   private let registry: SessionRegistry
   private let images: ImageRegistry
+  private let caches: ImageCaches
   private let supervisor: Supervisor
   private let log: Logger
   let isDraining = Atomic<Bool>(false)
 
   init(
-    _ registry: SessionRegistry, _ images: ImageRegistry, _ supervisor: Supervisor, log: Logger
+    _ registry: SessionRegistry, _ images: ImageRegistry, _ caches: ImageCaches,
+    _ supervisor: Supervisor, log: Logger
   ) {
     self.registry = registry
     self.images = images
+    self.caches = caches
     self.supervisor = supervisor
     self.log = log
   }
@@ -37,7 +40,7 @@ final class ControlService: Sendable {
     case "/metrics":
       return PlainAnswer(
         contentType: MetricsText.contentType,
-        body: MetricsText(registry, images: images.count).text)
+        body: MetricsText(registry, images: images.count, caches).text)
     case "/v1/health", "/health":
       let isDraining = isDraining.load(ordering: .acquiring)
       let health = ControlMessage.Health(

@@ -26,6 +26,7 @@ public final class Daemon {
   private var manager: ServiceManager
   private let registry = SessionRegistry()
   private let images = ImageRegistry()
+  private let caches: ImageCaches
   private let pool: PagerPool
   private let supervisor: Supervisor
   private let control: ControlService
@@ -45,7 +46,8 @@ public final class Daemon {
     Limits.raiseOpenFiles()
     pool = try PagerPool(threads: configuration.faultThreads, capacity: 4096)
     supervisor = try Supervisor(registry, log: log)
-    control = ControlService(registry, images, supervisor, log: log)
+    caches = ImageCaches(limit: configuration.cacheLimit)
+    control = ControlService(registry, images, caches, supervisor, log: log)
   }
 
   /// Serves until SIGTERM or SIGINT, then drains. Blocks the calling thread.
@@ -79,7 +81,7 @@ public final class Daemon {
   }
 
   private func openListeners() throws {
-    let attachment = Attachment(registry, images, supervisor, pool, log: log)
+    let attachment = Attachment(registry, images, caches, supervisor, pool, log: log)
     let inherited = manager.takeSockets(for: configuration.listen.map(\.socket))
     try checkInherited()
     for socket in configuration.listen {

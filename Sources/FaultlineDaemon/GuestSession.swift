@@ -26,6 +26,8 @@ final class GuestSession: Sendable {
   let identity: GuestIdentity
   let image: MemoryImage
   let pager: PagerSession<ImageSource>
+  /// What it shares with the other clones of its image, if it is a clone.
+  let cache: ImageCache?
   /// With the hand-over of docs/handover.md; its end is the session's.
   let connection: HandoverConnection?
   /// The connection of the hand-over, whichever it is, open as long as the session.
@@ -38,13 +40,14 @@ final class GuestSession: Sendable {
 
   init(
     id: String, identity: GuestIdentity, image: MemoryImage, pager: PagerSession<ImageSource>,
-    regions: [ContentRange], connection: HandoverConnection?,
+    cache: ImageCache?, regions: [ContentRange], connection: HandoverConnection?,
     kept: HandoverConnection, records: Bool, log: Logger
   ) {
     self.id = id
     self.identity = identity
     self.image = image
     self.pager = pager
+    self.cache = cache
     self.connection = connection
     self.kept = kept
     self.records = records
@@ -78,7 +81,8 @@ final class GuestSession: Sendable {
       id: id, state: currentPhase.rawValue, name: identity.name,
       handover: identity.handover.rawValue, processID: identity.peer.processID,
       userID: identity.peer.userID, image: image.path.string,
-      started: Int(started.timeIntervalSince1970), bytes: bytes, records: records,
+      started: Int(started.timeIntervalSince1970), bytes: bytes, clone: cache != nil,
+      records: records,
       faults: statistics.faults, failedPages: statistics.failedPages,
       pendingReads: pager.pendingReads,
       fill: ControlMessage.Fill(
@@ -149,6 +153,13 @@ final class GuestSession: Sendable {
 
   /// Lets go of memory that may still be in use.
   func letGo() -> Bool {
+    if let cache, pager.hasGuest {
+      cache.retire()
+      guard pager.detachClones() else {
+        log.warning("it stays: what the clone gave back cannot be made zeros")
+        return false
+      }
+    }
     guard pager.hasEnded || isRight || pager.seal(isFilled: isFilled) else {
       log.warning(
         "it stays: pages are missing, and this kernel cannot make them memory errors (Linux 6.6)")
@@ -156,6 +167,13 @@ final class GuestSession: Sendable {
     }
     pager.release()
     return true
+  }
+
+  /// Waits until a VMM that closed its connection is seen to have exited, if that is why: a clone
+  /// that goes on without a session costs the others their cache.
+  func awaitExit() {
+    guard cache != nil else { return }
+    for _ in 0..<100 where pager.hasGuest { Pause.milliseconds(2) }
   }
 
   /// Whether every page that has data was looked at.

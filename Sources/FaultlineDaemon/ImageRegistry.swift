@@ -19,18 +19,19 @@ final class ImageRegistry: Sendable {
 
   private let entries = Mutex<[Key: Entry]>([:])
 
-  /// The image at a path. A file that replaced another one is another image.
-  func image(at path: String) throws -> MemoryImage {
+  /// The image at a path, and which file that is. A file that replaced another one is another
+  /// image.
+  func image(at path: String) throws -> (image: MemoryImage, identity: FileIdentity) {
     let key = Key(
       path: path, identity: try OwnedDescriptor(openingForReading: FilePath(path)).status.identity)
-    if let image = entries.withLock({ $0[key]?.image }) { return image }
+    if let image = entries.withLock({ $0[key]?.image }) { return (image, key.identity) }
     let image = try MemoryImage(path: FilePath(path))
     return entries.withLock { entries in
       // Another thread may have been faster.
-      if let found = entries[key]?.image { return found }
+      if let found = entries[key]?.image { return (found, key.identity) }
       entries = entries.filter { $0.value.image != nil }
       entries[key] = Entry(image: image)
-      return image
+      return (image, key.identity)
     }
   }
 

@@ -8,7 +8,7 @@ struct MetricsText {
 
   static let contentType = "text/plain; version=0.0.4; charset=utf-8"
 
-  init(_ registry: SessionRegistry, images: Int) {
+  init(_ registry: SessionRegistry, images: Int, _ caches: ImageCaches) {
     let total = registry.statistics
     let sessions = registry.all
     gauge("faultline_sessions", "Sessions that are served.", sessions.count)
@@ -51,7 +51,21 @@ struct MetricsText {
       "faultline_fill_bytes_done", "Bytes of those that are done.",
       fills.reduce(0) { $0 + $1.done })
     gauge("faultline_images_open", "Images that are open.", images)
+    addCaches(caches, clones: sessions.count { $0.cache != nil })
     histogram(total.serviceTime)
+  }
+
+  private mutating func addCaches(_ caches: ImageCaches, clones: Int) {
+    let usage = caches.usage
+    gauge("faultline_clones", "Sessions of clones.", clones)
+    gauge("faultline_caches", "Images whose clean pages are kept for clones.", usage.count)
+    gauge("faultline_cache_bytes", "Clean pages that are kept for clones.", usage.bytes)
+    if let limit = caches.budget?.limit {
+      gauge("faultline_cache_limit_bytes", "How many they may be.", limit)
+    }
+    counter(
+      "faultline_cache_evicted_pages_total", "Pages that were taken out to make room.",
+      UInt64(caches.budget?.evictedPages ?? 0))
   }
 
   private mutating func head(_ name: String, _ help: String, _ type: String) {

@@ -73,6 +73,7 @@ final class Supervisor: Sendable {
     guard session.enter(.ending) else { return }
     inThread(session) { session in
       session.connection?.push(.ended(reason))
+      session.awaitExit()
       // A process that goes on without the connection must not read zeros.
       if !session.letGo() {
         self.waitForProcess(session)

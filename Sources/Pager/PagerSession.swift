@@ -259,9 +259,6 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// session that is idle learns a moment later.
   public var hasGuest: Bool { !hasEnded && memory.userfaultfd.hasAddressSpace }
 
-  /// Whether regions are clones'.
-  public var servesClone: Bool { regions.contains { $0.share != nil } }
-
   var endError: PagerError? {
     switch state.withLock({ $0.end }) {
     case nil: nil

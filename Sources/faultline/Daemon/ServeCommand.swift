@@ -56,6 +56,9 @@ struct ServeCommand: ParsableCommand {
   var controlSocket: String?
   @Option(help: "Where Prometheus finds metrics: HOST:PORT.")
   var metrics: String?
+  @Option(
+    help: "Bytes of clean pages that are kept for clones. (default: those that clones have)")
+  var cacheSize: String?
   @Option(help: "How long a stop waits until all sessions are filled. (default: 60s)")
   var drainTimeout: String?
   @Option(help: "trace, debug, info, warning or error. (default: info)")
@@ -111,7 +114,8 @@ struct ServeCommand: ParsableCommand {
       ("fault-threads", faultThreads), ("fill-rate", fillRate), ("record", record ? "true" : nil),
       ("source-timeout", sourceTimeout), ("on-damage", onDamage),
       ("control-socket", controlSocket.map(Self.absolute)), ("metrics", metrics),
-      ("drain-timeout", drainTimeout), ("log-level", logLevel), ("log-format", logFormat),
+      ("cache-size", cacheSize), ("drain-timeout", drainTimeout), ("log-level", logLevel),
+      ("log-format", logFormat),
     ].compactMap { key, value in
       value.map { (key, key == "record" ? $0 : Self.quoted($0)) }
     }

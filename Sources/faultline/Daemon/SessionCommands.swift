@@ -16,12 +16,16 @@ struct PsCommand: ParsableCommand {
     if control.json { return control.printJSON(answer) }
     let list: ControlMessage.SessionList = try ControlClient.decode(answer)
     var rows = [
-      ["ID", "STATE", "PID", "UID", "AGE", "MEMORY", "FILLED", "FAULTS", "BAD", "NAME", "IMAGE"]
+      [
+        "ID", "STATE", "PID", "UID", "AGE", "MEMORY", "CLONE", "FILLED", "FAULTS", "BAD", "NAME",
+        "IMAGE",
+      ]
     ]
     for session in list.sessions {
       rows.append([
         session.id, session.state, "\(session.processID)", "\(session.userID)",
-        Self.age(session.started), Terminal.size(session.bytes), Self.filled(session.fill),
+        Self.age(session.started), Terminal.size(session.bytes),
+        session.clone ? "yes" : "-", Self.filled(session.fill),
         "\(session.faults)", "\(session.failedPages)", Terminal.plain(session.name ?? "-"),
         Terminal.plain(session.image),
       ])
@@ -68,7 +72,7 @@ struct StatsCommand: ParsableCommand {
     print("session \(found.id)  \(found.state)  \(Terminal.plain(found.name ?? ""))")
     print("  process         \(found.processID) of user \(found.userID)")
     print("  image           \(Terminal.plain(found.image))")
-    print("  memory          \(Terminal.size(found.bytes))")
+    print("  memory          \(Terminal.size(found.bytes))\(found.clone ? ", a clone" : "")")
     print(
       "  background      \(found.fill.phase) \(Terminal.size(found.fill.done)) of "
         + Terminal.size(found.fill.total))
