@@ -144,8 +144,8 @@ let package = Package(
     .target(
       name: "TestSupport",
       dependencies: [
-        "CTestSupport", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem",
-        systemPackage,
+        "CTestSupport", "HandoverClient", "HandoverProtocol", "Pager", "MemoryImage",
+        "GuestMemory", "Userfault", "LinuxSystem", systemPackage,
       ],
       path: "Tests/TestSupport", swiftSettings: swiftSettings),
     tests("LinuxSystemTests", ["LinuxSystem"]),
@@ -179,6 +179,7 @@ let package = Package(
       [
         "faultline", "FaultlineDaemon", "HandoverClient", "HandoverProtocol", "Pager",
         "MemoryImage", "Userfault", "LinuxSystem", "CTestSupport", "fake-firecracker",
+        "clone-process",
       ]),
     tests("CommandTests", ["faultline", "KVM", "MemoryImage", "LinuxSystem"]),
     tests(
@@ -203,6 +204,9 @@ let package = Package(
       name: "fake-firecracker",
       dependencies: ["TestSupport", "Userfault", "LinuxSystem", systemPackage],
       path: "Tests/FakeFirecracker", swiftSettings: swiftSettings),
+    .executableTarget(
+      name: "clone-process", dependencies: ["TestSupport", "LinuxSystem"],
+      path: "Tests/CloneProcess", swiftSettings: swiftSettings),
     .target(
       name: "CAllocationCount", path: "Tests/CAllocationCount", cSettings: cSettings),
     .executableTarget(

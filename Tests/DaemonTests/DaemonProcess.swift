@@ -106,11 +106,12 @@ struct Service {
 
   init(
     in directory: String, handover: String = "firecracker", regions: [Int] = [512, 512],
-    _ arguments: [String] = [], environment: [String: String] = [:], launcher: [String] = []
+    image other: String? = nil, _ arguments: [String] = [], environment: [String: String] = [:],
+    launcher: [String] = []
   ) throws {
     self.directory = directory
-    let image = directory + "/base.img"
-    if !FileManager.default.fileExists(atPath: image) {
+    let image = other ?? directory + "/base.img"
+    if other == nil, !FileManager.default.fileExists(atPath: image) {
       _ = try makePatternImage(image, regions: imageRegions(regions))
     }
     daemon = try DaemonProcess(
