@@ -65,21 +65,19 @@ extension PagerSession {
   private func putZeros(_ region: PagedRegion, _ bench: borrowing Workbench) -> Bool {
     var (page, attempts) = (0, 0)
     while page < region.pageCount {
-      var count = 0
-      while count < Self.sealedAtOnce, page + count < region.pageCount,
-        region.states.load(page + count) == .removed
-      {
-        count += 1
+      // Under the gate: an event that was read is in the states.
+      let resolution = gate.read { () -> Resolution? in
+        let end = min(page + Self.sealedAtOnce, region.pageCount)
+        while page < end, region.states.load(page) != .removed { page += 1 }
+        var count = 0
+        while page + count < end, region.states.load(page + count) == .removed { count += 1 }
+        guard count > 0 else { return nil }
+        return region.pageSize == .size4KiB
+          ? memory.zeropage(region.range(of: page, count: count))
+          // hugetlbfs has no ZEROPAGE. SAFETY: the bench is as long as a page, and new: zeros.
+          : unsafe memory.copy(from: bench.pointer, to: region.range(of: page))
       }
-      guard count > 0 else {
-        page += 1
-        continue
-      }
-      let resolution =
-        region.pageSize == .size4KiB
-        ? memory.zeropage(region.range(of: page, count: count))
-        // hugetlbfs has no ZEROPAGE. SAFETY: the bench is as long as a page, and new: zeros.
-        : unsafe memory.copy(from: bench.pointer, to: region.range(of: page))
+      guard let resolution else { continue }
       page += resolution.bytesDone / region.pageSize.bytes
       switch resolution.obstacle {
       case nil, .partial: break

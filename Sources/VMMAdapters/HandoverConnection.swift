@@ -48,8 +48,9 @@ public final class HandoverConnection: Sendable {
       let process = try sender.openProcess(socket)
       var assembler = FrameAssembler(payloadLimit: limits.messageBytes)
       var opened: (request: OpenRequest, offer: ImageOffer)?
+      // Two messages may come in one piece: whatever comes is for `attach`.
+      var descriptors = DescriptorList()
       while true {
-        var descriptors = DescriptorList()
         switch try nextMessage(&assembler, into: &descriptors, before: deadline, stopSign) {
         case .attach(let message):
           return try HandoverRequest(
@@ -60,9 +61,6 @@ public final class HandoverConnection: Sendable {
             throw HandoverError(.unsupported, "there are no clones here")
           }
           guard opened == nil else { throw HandoverError(.malformed, "\"open\" came twice") }
-          guard descriptors.isEmpty else {
-            throw HandoverError(.invalidDescriptor, "\"open\" came with descriptors")
-          }
           let request = try OpenRequest(message, peer: sender.credentials)
           let offer = try open(request)
           try send(offer)

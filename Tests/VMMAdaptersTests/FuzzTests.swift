@@ -90,6 +90,28 @@ private final class Offers: Sendable {
   var many: [CInt] { Array(repeating: file.descriptor.rawValue, count: 16) }
 }
 
+/// A VMM's end of a connection.
+private final class SenderBox {
+  private var socket: UnixSocket?
+  init(_ socket: consuming UnixSocket) { self.socket = consume socket }
+  func close() { socket = nil }
+
+  func send(_ bytes: [UInt8], descriptors: [CInt]) throws {
+    switch socket {
+    case .some(let socket): try socket.send(bytes, descriptors: descriptors)
+    case .none: break
+    }
+  }
+
+  /// It says no more, and listens.
+  func shutDown() {
+    switch socket {
+    case .some(let socket): _ = shutdown(socket.descriptor.rawValue, CInt(SHUT_WR))
+    case .none: break
+    }
+  }
+}
+
 /// What was made of a message: a region count, or -1 when it was refused.
 private func receive(firecracker: Bool, on socket: consuming UnixSocket) -> Int {
   do throws(HandoverError) {
@@ -97,13 +119,21 @@ private func receive(firecracker: Bool, on socket: consuming UnixSocket) -> Int 
       let handover = try FirecrackerHandover.receive(on: socket, limits: smallLimits)
       return checkMap(handover.regions)
     }
-    let request = try HandoverConnection(socket).receive(limits: smallLimits)
+    let offer = try fuzzOffer.get()
+    let request = try HandoverConnection(socket).receive(limits: smallLimits) {
+      (_) throws(HandoverError) in offer
+    }
     return checkMap(request.regions)
   } catch {
     precondition(error.code != .timedOut, "a message that ended was waited for")
     precondition(!error.description.isEmpty)
     return -1
   }
+}
+
+/// What a VMM gets that wants to be a clone: one for all rounds.
+private let fuzzOffer = Result { () throws(HandoverError) in
+  try makeOffer(imageRegions([3, 512, 1, 1020]))
 }
 
 /// What is mapped lies inside of the image, and is what was handed over.
@@ -140,6 +170,23 @@ private let handoverSeeds = [
       + #""offset":8192}],"options":{"record":true,"fill_rate":1000}}"#),
 ]
 
+/// A clone's: `open`, and the `attach` that follows it.
+private let cloneSeeds = [
+  frame(#"{"type":"open","version":1,"name":"vm","image":"a.b","page_size":4096}"#),
+  frame(
+    #"{"type":"attach","version":1,"descriptors":["userfaultfd"],"regions":[{"#
+      + #""host_address":65536,"length":12288,"guest_address":0,"mode":"clone","memory":0},{"#
+      + #""host_address":1048576,"length":4096,"guest_address":136327168,"mode":"clone","#
+      + #""memory":2}]}"#),
+]
+
+/// The frame with a length that fits, so that the JSON is looked at.
+private func reframed(_ message: [UInt8]) -> [UInt8] {
+  guard message.count > 8 else { return message }
+  return Array(frame(String(repeating: "x", count: message.count - 8)).prefix(8))
+    + message.dropFirst(8)
+}
+
 /// Bytes of this process that are in memory.
 private func residentBytes() -> Int {
   let text = (try? String(contentsOfFile: "/proc/self/statm", encoding: .utf8)) ?? ""
@@ -148,44 +195,50 @@ private func residentBytes() -> Int {
 
 /// Sends mutated messages in pieces, with descriptors on some of the pieces.
 private func fuzz(firecracker: Bool, seed: UInt64, rounds: Int) throws -> (
-  taken: Int, slowest: UInt64
+  taken: Int, clones: Int, slowest: UInt64
 ) {
   var mutator = MessageMutator(random: SeededGenerator(seed: seed))
-  let seeds = firecracker ? firecrackerSeeds : handoverSeeds
+  let seeds = firecracker ? firecrackerSeeds : handoverSeeds + [cloneSeeds.flatMap { $0 }]
   let offers = try Offers()
-  var (taken, slowest) = (0, UInt64(0))
+  var (taken, clones, slowest) = (0, 0, UInt64(0))
   for round in 0..<rounds {
     let base = seeds[round % seeds.count]
     var message = base
-    if round % 16 != 0 {
+    let isClone = !firecracker && round % seeds.count == 2
+    if round % 16 != 0, isClone {
+      var parts = cloneSeeds
+      let part = Int.random(in: 0...1, using: &mutator.random)
+      parts[part] = mutator.mutate(parts[part], other: cloneSeeds[1 - part])
+      if round % 4 != 1 { parts[part] = reframed(parts[part]) }
+      message = parts.flatMap { $0 }
+    } else if round % 16 != 0 {
       message = mutator.mutate(base, other: (firecracker ? handoverSeeds : firecrackerSeeds)[0])
-      // A length that fits, so that the JSON is looked at.
-      if !firecracker, message.count > 8, round % 4 != 1 {
-        message.replaceSubrange(
-          0..<8, with: frame(String(repeating: "x", count: message.count - 8)).prefix(8))
-      }
+      if !firecracker, round % 4 != 1 { message = reframed(message) }
     }
     let pair = try UnixSocket.pair()
-    do {
-      let sender = pair.first
-      var rest = message[...]
-      while !rest.isEmpty {
-        let count = Int.random(in: 1...rest.count, using: &mutator.random)
-        let first = rest.count == message.count
-        let wanted = !firecracker && round % seeds.count == 1 ? 2 : 1
-        let more = Int.random(in: 0..<40, using: &mutator.random) == 0
-        try sender.send(
-          Array(rest.prefix(count)),
-          descriptors: first
-            ? offers.some(wanted, using: &mutator.random) : more ? offers.many : [])
-        rest = rest.dropFirst(count)
-      }
+    let sender = SenderBox(pair.first)
+    var rest = message[...]
+    while !rest.isEmpty {
+      let count = Int.random(in: 1...rest.count, using: &mutator.random)
+      let first = rest.count == message.count
+      let wanted = !firecracker && round % seeds.count == 1 ? 2 : 1
+      let more = Int.random(in: 0..<40, using: &mutator.random) == 0
+      try sender.send(
+        Array(rest.prefix(count)),
+        descriptors: first ? offers.some(wanted, using: &mutator.random) : more ? offers.many : [])
+      rest = rest.dropFirst(count)
     }
+    // Who opens an image listens for the answer.
+    if isClone { sender.shutDown() } else { sender.close() }
     let start = MonotonicClock.nanoseconds
-    if receive(firecracker: firecracker, on: pair.second) >= 0 { taken += 1 }
+    if receive(firecracker: firecracker, on: pair.second) >= 0 {
+      taken += 1
+      if isClone { clones += 1 }
+    }
     slowest = max(slowest, MonotonicClock.nanoseconds - start)
+    sender.close()
   }
-  return (taken, slowest)
+  return (taken, clones, slowest)
 }
 
 @Suite("Hostile peers")
@@ -200,6 +253,7 @@ struct FuzzTests {
           let result = try fuzz(firecracker: firecracker, seed: seed, rounds: 1500)
           // Some must pass, or nothing but the first check is tested.
           precondition(result.taken > 20, "seed \(seed): only \(result.taken) taken")
+          precondition(firecracker || result.clones > 5, "seed \(seed): no clone was taken")
           precondition(result.slowest < 20_000_000_000, "seed \(seed): \(result.slowest) ns")
           for name in ["fuzz-offer", "userfaultfd", "pidfd"] {
             precondition(openDescriptors(of: name) == 0, "seed \(seed): \(name) is open")

@@ -187,14 +187,23 @@ struct HandoverTests {
     let blocks = text.components(separatedBy: "```json\n").dropFirst().compactMap {
       $0.components(separatedBy: "```").first
     }
-    #expect(blocks.count == 3)
+    #expect(blocks.count == 4)
     let attach = try AttachMessage(decoding: Array(blocks[0].utf8))
     #expect(attach.regions[0].mode == .minor && attach.options?.record == true)
-    let answers = try blocks[1].split(separator: "\n").map {
+    let lines = blocks[1].split(separator: "\n", maxSplits: 1)
+    #expect(
+      try VMMMessage(decoding: Array(lines[0].utf8))
+        == .open(OpenMessage(name: "vm-17", image: "debian-12", pageSize: 4096)))
+    let region = ImageMessage.Region(
+      guestAddress: 0, offset: 0, length: 64 << 20, name: "ram", memory: 0)
+    #expect(
+      try ServiceMessage(decoding: Array(lines[1].utf8))
+        == .image(ImageMessage(pageSize: 4096, regions: [region])))
+    let answers = try blocks[2].split(separator: "\n").map {
       try ServiceMessage(decoding: Array($0.utf8))
     }
     #expect(answers.first == .ok(session: "7") && answers.count == 2)
-    guard case .status(let status) = try ServiceMessage(decoding: Array(blocks[2].utf8)) else {
+    guard case .status(let status) = try ServiceMessage(decoding: Array(blocks[3].utf8)) else {
       Issue.record("not a status")
       return
     }
