@@ -74,6 +74,8 @@ private let badTexts: [BadText] = [
   BadText(more: "fill-rate: 10 potatoes", 12, .invalidValue, "64M"),
   BadText(more: "fill-rate: 99999999999999999999G", 12, .invalidValue, "64M"),
   BadText(more: "fill-rate: 9000000T", 12, .invalidValue, "1T"),
+  BadText(more: "cache-size: 100K", 13, .invalidValue, "at least 1M and at most 1024T"),
+  BadText(more: "cache-size: 0", 13, .invalidValue, "at least 1M"),
   BadText(more: "record: maybe", 9, .invalidValue, "true or false"),
   BadText(more: "source-timeout: 30", 17, .invalidValue, "30s"),
   BadText(more: "source-timeout: 2h", 17, .invalidValue, "3600s"),
@@ -140,6 +142,7 @@ struct ConfigurationTests {
       controlSocket: "/run/faultline/control.sock",
       metricsAddress: NetworkAddress(host: "127.0.0.1", port: 9090))
     expected.faultThreads = 4
+    expected.cacheLimit = 8 << 30
     expected.drainTimeoutMilliseconds = 300_000
     #expect(configuration == expected)
 
@@ -148,6 +151,7 @@ struct ConfigurationTests {
     #expect(plain.listen[0].mode == 0o600 && plain.listen[0].allowedUsers == nil)
     #expect(plain.listen[0].sessions == SessionConfiguration())
     #expect(plain.controlSocket == nil && plain.metricsAddress == nil)
+    #expect(plain.cacheLimit == nil)
     #expect(plain.faultThreads == 2 && plain.drainTimeoutMilliseconds == 60_000)
     #expect(SessionConfiguration().sourceTimeoutMilliseconds == 30_000)
   }
@@ -172,7 +176,7 @@ struct ConfigurationTests {
       (ofFile + ", " + ofSocket).split(separator: ": ").flatMap { part in
         part.split(separator: ", ").map { String($0.prefix { $0 != ":" }) }
       })
-    #expect(Set(keys).count == 16)
+    #expect(Set(keys).count == 17)
     for key in keys { #expect(known.contains(key), "\(key)") }
   }
 
