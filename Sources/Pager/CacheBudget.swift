@@ -48,8 +48,9 @@ public final class CacheBudget: Sendable {
       while !takeFree(bytes) {
         let missing = max(1, usedBytes + bytes - limit)
         var freed = cache.evict(bytes: missing)
-        for entry in entries where freed < missing {
-          guard let other = entry.cache, other !== cache else { continue }
+        // By index: an iterator would allocate.
+        for index in entries.indices where freed < missing {
+          guard let other = entries[index].cache, other !== cache else { continue }
           freed += other.evict(bytes: missing - freed)
         }
         guard freed > 0 else { return false }

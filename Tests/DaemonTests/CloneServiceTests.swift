@@ -190,6 +190,59 @@ struct CloneServiceTests {
     }
   }
 
+  @Test("The daemon stops: clones have all of their memory, and need nobody")
+  func drain() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline")
+      let guests = try (0..<3).map { _ in try CloneGuest(service.socket) }
+      for (number, guest) in guests.enumerated() {
+        #expect(try guest.wrongBlocks(0..<(number * 200 + 1)) == 0)
+        for block in stride(from: number, to: 1024, by: 7) { guest.write(UInt64(block) + 9, block) }
+        for block in 300..<310 { try guest.giveBack(block) }
+      }
+      #expect(Delay.until { service.removeEvents == 30 })
+      service.daemon.send(SIGTERM)
+      #expect(service.daemon.wait() == 0, "\(service.daemon.messages)")
+      for guest in guests { #expect(try guest.wrongBlocks() == 0) }
+    }
+  }
+
+  @Test("A VMM that maps something else, or reads where nobody serves, harms no other")
+  func hostile() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline", ["--cache-size", "64M"])
+      let image = try OpenedImage(
+        from: FilePath(service.socket), timeoutMilliseconds: 60_000)
+      // Zeros get into the file where it has nothing yet.
+      let stray = try image.regions[0].makeMapping()
+      for block in 0..<512 { #expect(load(stray.range, offset: block * 4096) == 0) }
+      let clone = try CloneProcess(service.socket)
+      #expect(try clone.ask("verify") == "wrong 0")
+      // Memory that is no mapping of the file is filled by copies.
+      let userfaultfd = try Userfaultfd(requiring: .removeEvents)
+      let other = try Mapping(anonymous: 512 * 4096)
+      let nothing = HostAddress(1 << 30)
+      try userfaultfd.register(other.range, modes: .missing)
+      let attached = [
+        image.regions[0].attached(at: other.range.start), image.regions[1].attached(at: nothing),
+      ]
+      let client = try image.attach(
+        attached, userfaultfd: userfaultfd, timeoutMilliseconds: 60_000)
+      for block in 0..<512 {
+        #expect(
+          load(other.range, offset: block * 4096) == PatternSource.word(block: block, seed: 7))
+      }
+      withExtendedLifetime((client, service)) {}
+      try stray.advise(.dontNeed, offset: 0, length: 4096)
+      try other.advise(.dontNeed, offset: 0, length: 4096)
+      let late = try CloneProcess(service.socket)
+      for clone in [clone, late] { #expect(try clone.ask("verify") == "wrong 0") }
+      // Its mappings are gone by then, and nothing else is.
+      #expect(service.daemon.isRunning)
+      withExtendedLifetime(client) {}
+    }
+  }
+
   @Test("A clone that asks for what there is not is refused in words")
   func refusals() throws {
     try withTemporaryDirectory { directory in

@@ -37,6 +37,18 @@ struct AllocationTests {
     }
   }
 
+  @Test("Nor do those of a clone whose cache takes room from another one", arguments: [1, 2])
+  func noAllocationOfClones(threads: Int) throws {
+    try withTemporaryDirectory { directory in
+      let arguments = ["clone", "\(threads)", "0", "0", "64", directory + "/image"]
+      var words: [Substring] = []
+      for _ in 0..<5 where words.first != "deferred=0" {
+        words = try probe(arguments).split(separator: "\n").joined().split(separator: " ")
+      }
+      #expect(words == ["deferred=0", "faults=4096", "allocations=0", "right=true"], "\(words)")
+    }
+  }
+
   private func probe(_ arguments: [String]) throws -> String {
     let process = Process()
     process.executableURL = builtProduct("allocation-probe")
