@@ -84,7 +84,8 @@ public final class HandoverClient: Sendable {
       let message = try received.withLock { (assembler) throws(HandoverClientError) in
         var unwanted = DescriptorList()
         return try ServiceConnection.next(
-          from: socket, &assembler, into: &unwanted, limit: 0, before: deadline)
+          from: socket, &assembler, into: &unwanted, limit: HandoverFrame.descriptorLimit,
+          before: deadline)
       }
       guard case .status(let status) = message else {
         throw HandoverClientError(.badAnswer, "a second answer came")

@@ -44,6 +44,7 @@ public final class CacheBudget: Sendable {
   /// Takes room for a cache; `false` where there is none, and none can be made.
   func take(_ bytes: Int, for cache: SharedPageCache) -> Bool {
     if takeFree(bytes) { return true }
+    guard bytes <= limit else { return false }
     return caches.withLock { entries in
       while !takeFree(bytes) {
         let missing = max(1, usedBytes + bytes - limit)

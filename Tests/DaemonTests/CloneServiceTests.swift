@@ -48,7 +48,10 @@ struct CloneServiceTests {
     }
   }
 
-  @Test("Clones on huge pages", .enabled(if: Host.hasHugePages(24), "24 free huge pages"))
+  @Test(
+    "Clones on huge pages",
+    .enabled(
+      if: Host.hasHugePages(24), "needs 24 free 2 MiB pages in /proc/sys/vm/nr_hugepages"))
   func hugePages() throws {
     try withTemporaryDirectory { directory in
       let service = try Service(in: directory, handover: "faultline", regions: [1024, 512])

@@ -132,7 +132,7 @@ struct CacheBudgetTests {
 
   @Test(
     "Other users can read a cache's file and not open it for writing",
-    .enabled(if: Host.hasPrivileges, "root"),
+    .enabled(if: Host.hasPrivileges, "needs root"),
     arguments: [false, true])
   func mode(withBudget: Bool) throws {
     let budget = CacheBudget(limit: 1 << 20)
