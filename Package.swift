@@ -104,8 +104,8 @@ let package = Package(
     library(
       "SnapshotRestore",
       [
-        "TestGuest", "Snapshot", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
-        "LinuxSystem",
+        "TestGuest", "Snapshot", "HandoverClient", "HandoverProtocol", "Pager", "MemoryImage",
+        "GuestMemory", "Userfault", "KVM", "LinuxSystem",
       ]),
     library(
       "ModelCheck",

@@ -64,8 +64,12 @@ public final class HandoverClient: Sendable {
     do throws(HandoverClientError) {
       answer = try Self.next(from: socket, &assembler, before: deadline)
     } catch {
-      guard let sendError, error.code == .closed else { throw error }
-      throw HandoverClientError(.closed, "the request cannot be sent", errno: sendError)
+      guard error.code == .closed else { throw error }
+      throw HandoverClientError(
+        .badAnswer,
+        sendError == nil
+          ? "the service closed the connection without an answer" : "the request cannot be sent",
+        errno: sendError ?? error.errno)
     }
     switch answer {
     case .ok(let session): self.session = session
