@@ -156,8 +156,7 @@ final class Attachment: Sendable {
         options: options, registers: false, process: process)
       session = GuestSession(
         id: registry.makeID(), identity: guest.identity, image: guest.image, pager: pager,
-        regions: ranges, connection: guest.connection, kept: guest.kept,
-        records: configuration.record, log: log)
+        regions: ranges, connection: guest.connection, kept: guest.kept, log: log)
       box.fill(session)
       registry.add(session)
       try pager.start(in: pool)

@@ -30,7 +30,6 @@ final class GuestSession: Sendable {
   let connection: HandoverConnection?
   /// The connection of the hand-over, whichever it is, open as long as the session.
   private let kept: HandoverConnection
-  let records: Bool
   let bytes: Int
   let started = Date()
   private let phase = Mutex(Phase.serving)
@@ -39,7 +38,7 @@ final class GuestSession: Sendable {
   init(
     id: String, identity: GuestIdentity, image: MemoryImage, pager: PagerSession<ImageSource>,
     regions: [ContentRange], connection: HandoverConnection?,
-    kept: HandoverConnection, records: Bool, log: Logger
+    kept: HandoverConnection, log: Logger
   ) {
     self.id = id
     self.identity = identity
@@ -47,7 +46,6 @@ final class GuestSession: Sendable {
     self.pager = pager
     self.connection = connection
     self.kept = kept
-    self.records = records
     bytes = regions.reduce(0) { $0 + $1.host.length }
     var log = log
     log[metadataKey: "session"] = "\(id)"
@@ -78,7 +76,7 @@ final class GuestSession: Sendable {
       id: id, state: currentPhase.rawValue, name: identity.name,
       handover: identity.handover.rawValue, processID: identity.peer.processID,
       userID: identity.peer.userID, image: image.path.string,
-      started: Int(started.timeIntervalSince1970), bytes: bytes, records: records,
+      started: Int(started.timeIntervalSince1970), bytes: bytes, records: pager.isRecording,
       faults: statistics.faults, failedPages: statistics.failedPages,
       pendingReads: pager.pendingReads,
       fill: ControlMessage.Fill(
@@ -92,7 +90,7 @@ final class GuestSession: Sendable {
   /// the rest.
   func startFill(rate: Int?, replays: Bool) throws {
     var runs: [WorkingSetRun] = []
-    if replays, !records {
+    if replays, !pager.isRecording {
       do {
         runs = try image.workingSet()?.runs ?? []
       } catch {

@@ -66,10 +66,9 @@ public final class HandoverClient: Sendable {
     } catch {
       guard error.code == .closed else { throw error }
       throw HandoverClientError(
-        .badAnswer,
-        sendError == nil
-          ? "the service closed the connection without an answer" : "the request cannot be sent",
-        errno: sendError ?? error.errno)
+        .closed,
+        "the service closed the connection without an answer, as one that speaks another protocol "
+          + "does", errno: sendError ?? error.errno)
     }
     switch answer {
     case .ok(let session): self.session = session

@@ -178,7 +178,7 @@ struct RestoreTests {
       let outcome = try faultline(
         "restore", directory + "/base.img", "--handover", service.socket)
       #expect(outcome.status == 1, "\(outcome)")
-      #expect(outcome.errors.contains("Something else listens there"), "\(outcome)")
+      #expect(outcome.errors.contains("one that speaks another protocol"), "\(outcome)")
     }
   }
 }
