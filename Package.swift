@@ -82,7 +82,8 @@ let package = Package(
     library("HandoverProtocol", []),
     library("HandoverClient", ["HandoverProtocol", "Userfault", "LinuxSystem"]),
     library(
-      "VMMAdapters", ["HandoverProtocol", "Pager", "MemoryImage", "Userfault", "LinuxSystem"]),
+      "VMMAdapters",
+      ["HandoverProtocol", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem"]),
     .target(
       name: "DaemonConfiguration",
       dependencies: [
@@ -93,6 +94,7 @@ let package = Package(
       name: "FaultlineDaemon",
       dependencies: [
         "DaemonConfiguration", "VMMAdapters", "HandoverProtocol", "Pager", "MemoryImage",
+        "GuestMemory",
         "Userfault", "LinuxSystem", "CLinux", systemPackage,
         .product(name: "Logging", package: "swift-log"),
         .product(name: "FlyingFox", package: "FlyingFox"),

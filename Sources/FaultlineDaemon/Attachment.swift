@@ -2,6 +2,7 @@
 
 internal import DaemonConfiguration
 internal import Foundation
+internal import GuestMemory
 internal import LinuxSystem
 internal import Logging
 internal import MemoryImage
@@ -78,10 +79,11 @@ final class Attachment: Sendable {
       sessions.fillRate = request.fillRate ?? sessions.fillRate
       let image = try image(for: identity, asking: request.image, configuration)
       let regions = request.regions
+      let memoryFiles = request.memoryFiles
       try serve(
         Guest(
-          identity: identity, image: image, regions: regions, connection: connection,
-          kept: connection),
+          identity: identity, image: image, regions: regions, memoryFiles: memoryFiles,
+          connection: connection, kept: connection),
         request.userfaultfd, request.process, sessions)
     } catch {
       connection.refuse(error)
@@ -95,6 +97,7 @@ final class Attachment: Sendable {
     let identity: GuestIdentity
     let image: MemoryImage
     let regions: [HandedRegion]
+    var memoryFiles: [HandedMemoryFile?] = []
     let connection: HandoverConnection?
     let kept: HandoverConnection
   }
@@ -126,13 +129,11 @@ final class Attachment: Sendable {
     var regions: [PagedRegion] = []
     for range in ranges {
       do throws(Errno) {
-        regions.append(try range.makePagedRegion())
+        regions.append(try range.makePagedRegion(guest.memoryFiles))
       } catch {
         throw HandoverError(
-          error == .notSupported ? .unsupported : .inputOutput,
-          error == .notSupported
-            ? "mode minor is not served for another process" : "no memory for its page states",
-          region: range.handedRegion, peer: guest.identity.peer, errno: error)
+          .inputOutput, "no memory for its page states", region: range.handedRegion,
+          peer: guest.identity.peer, errno: error)
       }
     }
     if configuration.onDamage == .stopVMM { warnUnlessKillable(guest, process) }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+public import GuestMemory
 public import LinuxSystem
 public import MemoryImage
 public import Pager
@@ -30,15 +31,23 @@ public struct ContentRange: Sendable, Hashable {
     return first..<first + host.length / ImageLimits.blockSize
   }
 
-  /// The range for a session, filled by UFFDIO_COPY.
+  /// The range for a session.
   ///
-  /// Throws `notSupported` for `.minor`, which the pager does in its own process only, and
-  /// what the kernel says when there is no memory for the page states.
-  public func makePagedRegion() throws(Errno) -> PagedRegion {
-    guard mode == .missing else { throw .notSupported }
+  /// Throws what the kernel says when there is no memory for the page states.
+  /// - Parameter memoryFiles: of the hand-over, for ranges with the mode `.minor`.
+  public func makePagedRegion(
+    _ memoryFiles: [HandedMemoryFile?] = []
+  ) throws(Errno) -> PagedRegion {
+    var backing: (file: HandedMemoryFile, offset: Int)?
+    if mode == .minor {
+      guard let memory, memory.file < memoryFiles.count, let file = memoryFiles[memory.file] else {
+        throw .invalidArgument
+      }
+      backing = (file, memory.offset)
+    }
     return try PagedRegion(
       host: host, pageSize: pageSize, guestAddress: guestAddress, sourceRegion: imageRegion,
-      sourceOffset: imageOffset)
+      sourceOffset: imageOffset, memory: backing)
   }
 }
 

@@ -46,14 +46,18 @@ struct RestoreTests {
       try save("two", in: directory, ["--guest", guest, "--memory", "16M", "--seed", "9"])
       let service = try makeService(in: directory)
       var running: [(CommandProcess, pages: Int)] = []
-      for backing in ["anonymous", "memfd"] {
+      let kinds = [("anonymous", "missing"), ("memfd", "missing"), ("memfd", "minor")]
+      for (backing, faults) in kinds {
         for (name, pages) in [("one", 31 * 256), ("two", 15 * 256)] {
           for order in ["sequential", "random"] {
             running.append(
               (
                 try restore(
                   name, service,
-                  ["--backing", backing, "--order", order, "--name", "\(name) \(order)"]), pages
+                  [
+                    "--backing", backing, "--faults", faults, "--order", order, "--name",
+                    "\(name) \(order)",
+                  ]), pages
               ))
           }
         }
@@ -65,7 +69,7 @@ struct RestoreTests {
         #expect(outcome.errors.isEmpty, "\(outcome)")
       }
       #expect(Delay.until { (try? service.sessions().isEmpty) == true })
-      #expect(service.daemon.logged("session 8 begins") && service.daemon.logged("two random"))
+      #expect(service.daemon.logged("session 12 begins") && service.daemon.logged("two random"))
     }
   }
 
@@ -75,9 +79,13 @@ struct RestoreTests {
     try withTemporaryDirectory { directory in
       try save("one", in: directory, ["--guest", "process", "--memory", "16M"])
       let service = try makeService(in: directory)
-      let outcome = try restore("one", service, ["--backing", "hugetlb-2M"]).wait()
-      #expect(outcome.status == 0, "\(outcome)")
-      #expect(outcome.output.contains("guest verified: 3840 pages, 0 wrong"), "\(outcome)")
+      for faults in ["missing", "minor"] {
+        let outcome = try restore(
+          "one", service, ["--backing", "hugetlb-2M", "--faults", faults]
+        ).wait()
+        #expect(outcome.status == 0, "\(outcome)")
+        #expect(outcome.output.contains("guest verified: 3840 pages, 0 wrong"), "\(outcome)")
+      }
     }
   }
 

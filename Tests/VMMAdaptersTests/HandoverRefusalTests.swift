@@ -155,6 +155,7 @@ struct HandoverRefusalTests {
   func memoryFiles() throws {
     let userfaultfd = try Userfaultfd(requiring: .removeEvents)
     let file = try MemoryFile(name: "vm", length: 65536)
+    try file.seal(futureWrites: false)
     let stop = try EventDescriptor()
     let numbers = [userfaultfd.descriptor.rawValue, file.descriptor.rawValue]
     let both = "\"userfaultfd\",\"memory\""
