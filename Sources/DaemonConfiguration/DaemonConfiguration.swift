@@ -13,6 +13,8 @@ public struct DaemonConfiguration: Sendable, Hashable {
   public var metricsAddress: NetworkAddress?
   /// Threads that serve the faults of all sessions, 1 to 64.
   public var faultThreads = 2
+  /// Sessions at a time, 1 to 65536; another VMM is refused.
+  public var maximumSessions = 4096
   /// How long a stop waits for sessions to be filled, in milliseconds.
   public var drainTimeoutMilliseconds = 60_000
   /// Which messages are logged.

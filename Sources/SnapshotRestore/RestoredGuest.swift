@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+internal import Glibc
 public import GuestMemory
 internal import LinuxSystem
 public import MemoryImage
@@ -152,9 +153,13 @@ public final class RestoredGuest: RunningGuest {
           regions = [try PagedRegion(memory, mode: options.mode)]
         }
       }
+      // The guest's process is this one.
+      let process =
+        pager.onDamage == .stopVMM
+        ? try openProcess(getpid()) : nil
       let session = try PagerSession(
         userfaultfd: try Userfaultfd(wanting: PagerSession<ImageSource>.features.wanted),
-        regions: regions, source: ImageSource(image), options: pager)
+        regions: regions, source: ImageSource(image), options: pager, process: process)
       try session.start()
       if options.strategy == .eager {
         do {

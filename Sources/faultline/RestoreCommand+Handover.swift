@@ -33,6 +33,8 @@ struct HandoverArguments: ParsableArguments {
       ("--strategy eager", command.strategy == .eager, "set --fill-rate there"),
       ("--fault-threads", command.faultThreads != nil, "set it there"),
       ("--fault-around", command.faultAround != nil, "the service decides"),
+      ("--source-timeout", command.sourceTimeout != nil, "set it there"),
+      ("--on-damage", command.onDamage != nil, "set it there"),
       ("--record", command.record, "set it there"),
       ("--no-working-set", !command.workingSet, "the service decides"),
     ]

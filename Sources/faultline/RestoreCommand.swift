@@ -52,6 +52,17 @@ struct RestoreCommand: ParsableCommand {
       "How much a fault brings along where the guest goes upwards, 0 for nothing. (default: 1M)",
       valueName: "size"))
   var faultAround: String?
+  @Option(
+    help: ArgumentHelp(
+      "How long a page may take before it is given up, 100ms to 1h. (default: 30s)",
+      valueName: "duration"))
+  var sourceTimeout: SourceTimeout?
+  @Option(
+    help: """
+      A page without right content: poison (a touch is a memory error), wait (who touches it \
+      waits until this command is ended) or stop-vmm (a touch ends it). (default: poison)
+      """)
+  var onDamage: DamagePolicy?
   @Flag(help: "Remember the order in which the guest touches pages, and put it into the image.")
   var record = false
   @Flag(
@@ -72,6 +83,9 @@ struct RestoreCommand: ParsableCommand {
     }
     guard guestMemfd == nil || memoryOptions.backing == .guestMemfd else {
       throw ValidationError("--guest-memfd needs --backing guest_memfd")
+    }
+    guard (onDamage ?? .poison) == .poison || memoryOptions.backing != .guestMemfd else {
+      throw ValidationError("--on-damage can only be poison with --backing guest_memfd")
     }
   }
 
@@ -104,6 +118,8 @@ struct RestoreCommand: ParsableCommand {
         RestoreCommand.exit(withError: ExitCode(1))
       })
     options.pager.records = record
+    options.pager.sourceTimeout = sourceTimeout?.nanoseconds ?? options.pager.sourceTimeout
+    options.pager.onDamage = onDamage ?? .poison
     options.replaysWorkingSet = workingSet && !record
     options.pager.faultAround = .upTo(bytes: faultAroundBytes ?? 0)
     let restored = try RestoredGuest(FilePath(image), options)
