@@ -71,6 +71,26 @@ struct MinorTests {
     }
   }
 
+  @Test("A VMM that closes and goes on never reads zeros for what was not there")
+  func leavesEarly() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline", regions: [1024])
+      let vmm = try SharedMemoryVMM(pages: 1024)
+      try vmm.file.seal(futureWrites: false)
+      do {
+        let client = try attach(service, vmm)
+        #expect(guardedLoad(vmm.range, offset: 3 * 4096) == word(3))
+        try vmm.remove(offset: 5 * 4096, length: 4096)
+        #expect(Delay.until { service.removeEvents == 1 })
+        withExtendedLifetime(client) {}
+      }
+      #expect(Delay.until { service.daemon.logged("has ended") })
+      #expect(guardedLoad(vmm.range, offset: 3 * 4096) == word(3))
+      #expect(guardedLoad(vmm.range, offset: 5 * 4096) == .value(0))
+      #expect(guardedLoad(vmm.range, offset: 900 * 4096) == .busError)
+    }
+  }
+
   @Test("It is filled in the background, too, and one that is let go of has all of it")
   func background() throws {
     try withTemporaryDirectory { directory in
