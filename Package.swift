@@ -94,8 +94,7 @@ let package = Package(
       name: "FaultlineDaemon",
       dependencies: [
         "DaemonConfiguration", "VMMAdapters", "HandoverProtocol", "Pager", "MemoryImage",
-        "GuestMemory",
-        "Userfault", "LinuxSystem", "CLinux", systemPackage,
+        "GuestMemory", "Userfault", "LinuxSystem", "CLinux", systemPackage,
         .product(name: "Logging", package: "swift-log"),
         .product(name: "FlyingFox", package: "FlyingFox"),
       ],
