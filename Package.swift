@@ -82,7 +82,8 @@ let package = Package(
     library("HandoverProtocol", []),
     library("HandoverClient", ["HandoverProtocol", "Userfault", "LinuxSystem"]),
     library(
-      "VMMAdapters", ["HandoverProtocol", "Pager", "MemoryImage", "Userfault", "LinuxSystem"]),
+      "VMMAdapters",
+      ["HandoverProtocol", "Pager", "MemoryImage", "GuestMemory", "Userfault", "LinuxSystem"]),
     .target(
       name: "DaemonConfiguration",
       dependencies: [
@@ -93,7 +94,7 @@ let package = Package(
       name: "FaultlineDaemon",
       dependencies: [
         "DaemonConfiguration", "VMMAdapters", "HandoverProtocol", "Pager", "MemoryImage",
-        "Userfault", "LinuxSystem", "CLinux", systemPackage,
+        "GuestMemory", "Userfault", "LinuxSystem", "CLinux", systemPackage,
         .product(name: "Logging", package: "swift-log"),
         .product(name: "FlyingFox", package: "FlyingFox"),
       ],
@@ -104,8 +105,8 @@ let package = Package(
     library(
       "SnapshotRestore",
       [
-        "TestGuest", "Snapshot", "Pager", "MemoryImage", "GuestMemory", "Userfault", "KVM",
-        "LinuxSystem",
+        "TestGuest", "Snapshot", "HandoverClient", "HandoverProtocol", "Pager", "MemoryImage",
+        "GuestMemory", "Userfault", "KVM", "LinuxSystem",
       ]),
     library(
       "ModelCheck",

@@ -143,6 +143,21 @@ long clinux_copy_through_file(void *to, uintptr_t from, size_t length) {
   return result;
 }
 
+long clinux_copy_to_own_memory(uintptr_t to, const void *from, size_t length) {
+  struct iovec local = {.iov_base = (void *)from, .iov_len = length};
+  struct iovec remote = {.iov_base = (void *)to, .iov_len = length};
+  return clinux_result(process_vm_writev(getpid(), &local, 1, &remote, 1, 0));
+}
+
+long clinux_copy_to_through_file(uintptr_t to, const void *from, size_t length) {
+  int file = memfd_create("faultline-copy", MFD_CLOEXEC);
+  if (file < 0) return -errno;
+  long result = clinux_result(pwrite(file, from, length, 0));
+  if (result > 0) result = clinux_result(pread(file, (void *)to, (size_t)result, 0));
+  close(file);
+  return result;
+}
+
 long clinux_try_lock(int fd) { return clinux_result(flock(fd, LOCK_EX | LOCK_NB)); }
 
 long clinux_begin_writeback(int fd, off_t offset, off_t length) {

@@ -33,8 +33,8 @@ extension DaemonConfiguration {
     let sessionKeys = SessionConfiguration.keys
     let values = try root.values(
       allowed: [
-        "listen", "control-socket", "metrics", "fault-threads", "cache-size", "drain-timeout",
-        "log-level", "log-format",
+        "listen", "control-socket", "metrics", "fault-threads", "max-sessions", "cache-size",
+        "drain-timeout", "log-level", "log-format",
       ] + sessionKeys)
     let defaults = try SessionConfiguration().changed(by: values)
     var listen: [ListenConfiguration] = []
@@ -55,6 +55,7 @@ extension DaemonConfiguration {
       "HOST:PORT, such as 127.0.0.1:9090 or [::1]:9090"
     ) { NetworkAddress($0) }
     faultThreads = try values["fault-threads"]?.number(1...64) ?? faultThreads
+    maximumSessions = try values["max-sessions"]?.number(1...65_536) ?? maximumSessions
     cacheLimit = try values["cache-size"]?.bytes(1 << 20...1 << 50)
     drainTimeoutMilliseconds =
       try values["drain-timeout"]?.milliseconds(100...86_400_000) ?? drainTimeoutMilliseconds
@@ -150,6 +151,15 @@ extension ListenConfiguration {
 }
 
 extension SessionConfiguration {
+  /// What `source-timeout` may be, in milliseconds.
+  static let sourceTimeouts = 100...3_600_000
+
+  /// Milliseconds of a `source-timeout` such as 500ms, 30s or 5m; `nil` when it is none, or not
+  /// from 100ms to 1h.
+  public static func sourceTimeout(_ text: String) -> Int? {
+    Quantity.milliseconds(text).flatMap { sourceTimeouts.contains($0) ? $0 : nil }
+  }
+
   static let keys = ["fill-rate", "record", "source-timeout", "on-damage"]
 
   func changed(by values: ConfigurationValues) throws(ConfigurationError) -> Self {
@@ -157,7 +167,7 @@ extension SessionConfiguration {
     result.fillRate = try values["fill-rate"]?.bytes(0...1 << 40) ?? fillRate
     result.record = try values["record"]?.flag() ?? record
     result.sourceTimeoutMilliseconds =
-      try values["source-timeout"]?.milliseconds(100...3_600_000) ?? sourceTimeoutMilliseconds
+      try values["source-timeout"]?.milliseconds(Self.sourceTimeouts) ?? sourceTimeoutMilliseconds
     result.onDamage = try values["on-damage"]?.word() ?? onDamage
     return result
   }

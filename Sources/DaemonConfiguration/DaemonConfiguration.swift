@@ -13,6 +13,8 @@ public struct DaemonConfiguration: Sendable, Hashable {
   public var metricsAddress: NetworkAddress?
   /// Threads that serve the faults of all sessions, 1 to 64.
   public var faultThreads = 2
+  /// Sessions at a time, 1 to 65536; another VMM is refused.
+  public var maximumSessions = 4096
   /// Bytes of clean pages that are kept for clones, of all images together; `nil`: no limit, and
   /// none are kept longer than clones have them.
   public var cacheLimit: Int?

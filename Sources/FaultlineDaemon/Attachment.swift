@@ -2,6 +2,7 @@
 
 internal import DaemonConfiguration
 internal import Foundation
+internal import GuestMemory
 internal import LinuxSystem
 internal import Logging
 internal import MemoryImage
@@ -102,10 +103,11 @@ final class Attachment: Sendable {
         image = try self.image(for: identity, asking: request.image, configuration).image
       }
       let regions = request.regions
+      let memoryFiles = request.memoryFiles
       try serve(
         Guest(
           identity: identity, image: image, cache: opened?.cache, regions: regions,
-          connection: connection, kept: connection),
+          memoryFiles: memoryFiles, connection: connection, kept: connection),
         request.userfaultfd, request.process, sessions)
       return true
     } catch {
@@ -138,6 +140,7 @@ final class Attachment: Sendable {
     let image: MemoryImage
     let cache: ImageCache?
     let regions: [HandedRegion]
+    var memoryFiles: [HandedMemoryFile?] = []
     let connection: HandoverConnection?
     let kept: HandoverConnection
   }
@@ -190,8 +193,7 @@ final class Attachment: Sendable {
       session = GuestSession(
         id: registry.makeID(), identity: guest.identity, image: guest.image, pager: pager,
         cache: isClone ? guest.cache : nil, regions: ranges, connection: guest.connection,
-        kept: guest.kept,
-        records: configuration.record, log: log)
+        kept: guest.kept, log: log)
       box.fill(session)
       registry.add(session)
       try pager.start(in: pool)
@@ -217,11 +219,11 @@ final class Attachment: Sendable {
           code, reason, region: range.handedRegion, peer: guest.identity.peer, errno: errno)
       }
       do throws(Errno) {
-        regions.append(try range.makePagedRegion(caches: guest.cache?.regions ?? []))
-      } catch .notSupported {
-        throw failure(.unsupported, "mode minor is not served for another process")
+        regions.append(
+          try range.makePagedRegion(
+            memoryFiles: guest.memoryFiles, caches: guest.cache?.regions ?? []))
       } catch .invalidArgument {
-        throw failure(.invalidRegions, "a clone's region is not one of the image's")
+        throw failure(.invalidRegions, "it is not what was offered, or has no memory file")
       } catch {
         throw failure(.inputOutput, "no memory for its page states", error)
       }

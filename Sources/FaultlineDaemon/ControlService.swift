@@ -106,11 +106,20 @@ final class ControlService: Sendable {
           }))
     }
     await addRoute(server, "POST /v1/sessions/:id/working-set") { [self] session, _ in
-      guard session.records else {
-        return failure(.conflict, "session \(session.id) does not record (\"record\")")
+      guard session.pager.hasRecorded else {
+        return failure(.conflict, "session \(session.id) has not recorded (`faultline record`)")
       }
       let blocks = try session.storeWorkingSet()
       log.info("\(blocks) blocks of session \(session.id) are the image's working set now")
+      return answer(.ok, session.summary(withStatistics: false))
+    }
+    await addRoute(server, "POST /v1/sessions/:id/recording") { [self] session, _ in
+      guard session.currentPhase == .serving else { return notServing(session) }
+      try session.pager.startRecording()
+      return answer(.ok, session.summary(withStatistics: false))
+    }
+    await addRoute(server, "DELETE /v1/sessions/:id/recording") { [self] session, _ in
+      session.pager.stopRecording()
       return answer(.ok, session.summary(withStatistics: false))
     }
     await addRoute(server, "POST /v1/sessions/:id/retry") { [self] session, _ in

@@ -44,7 +44,8 @@ public final class Daemon {
     log = Logger(configuration, environment: environment)
     manager = ServiceManager(environment: environment)
     Limits.raiseOpenFiles()
-    pool = try PagerPool(threads: configuration.faultThreads, capacity: 4096)
+    pool = try PagerPool(
+      threads: configuration.faultThreads, capacity: configuration.maximumSessions)
     supervisor = try Supervisor(registry, log: log)
     caches = ImageCaches(limit: configuration.cacheLimit)
     control = ControlService(registry, images, caches, supervisor, log: log)

@@ -32,7 +32,6 @@ final class GuestSession: Sendable {
   let connection: HandoverConnection?
   /// The connection of the hand-over, whichever it is, open as long as the session.
   private let kept: HandoverConnection
-  let records: Bool
   let bytes: Int
   let started = Date()
   private let phase = Mutex(Phase.serving)
@@ -41,7 +40,7 @@ final class GuestSession: Sendable {
   init(
     id: String, identity: GuestIdentity, image: MemoryImage, pager: PagerSession<ImageSource>,
     cache: ImageCache?, regions: [ContentRange], connection: HandoverConnection?,
-    kept: HandoverConnection, records: Bool, log: Logger
+    kept: HandoverConnection, log: Logger
   ) {
     self.id = id
     self.identity = identity
@@ -50,7 +49,6 @@ final class GuestSession: Sendable {
     self.cache = cache
     self.connection = connection
     self.kept = kept
-    self.records = records
     bytes = regions.reduce(0) { $0 + $1.host.length }
     var log = log
     log[metadataKey: "session"] = "\(id)"
@@ -82,7 +80,7 @@ final class GuestSession: Sendable {
       handover: identity.handover.rawValue, processID: identity.peer.processID,
       userID: identity.peer.userID, image: image.path.string,
       started: Int(started.timeIntervalSince1970), bytes: bytes, clone: cache != nil,
-      records: records,
+      records: pager.isRecording,
       faults: statistics.faults, failedPages: statistics.failedPages,
       pendingReads: pager.pendingReads,
       fill: ControlMessage.Fill(
@@ -96,7 +94,7 @@ final class GuestSession: Sendable {
   /// the rest.
   func startFill(rate: Int?, replays: Bool) throws {
     var runs: [WorkingSetRun] = []
-    if replays, !records {
+    if replays, !pager.isRecording {
       do {
         runs = try image.workingSet()?.runs ?? []
       } catch {

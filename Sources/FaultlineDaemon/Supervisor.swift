@@ -90,13 +90,16 @@ final class Supervisor: Sendable {
   func detach(_ session: GuestSession, _ reason: String) -> Bool {
     guard session.enter(.detaching) else { return false }
     inThread(session) { [self] session in
+      var status = HandoverStatus.detached(reason)
       switch session.detach(isOver: { hasNoTime.load(ordering: .acquiring) }) {
       case .stays: return session.stay()
-      case .cutShort: hasCutShort.store(true, ordering: .releasing)
+      case .cutShort:
+        hasCutShort.store(true, ordering: .releasing)
+        status = .ended(reason)
       case .complete: break
       }
       guard session.enter(.ending) else { return }
-      session.connection?.push(.ended(reason))
+      session.connection?.push(status)
       self.remove(session, reason)
     }
     return true

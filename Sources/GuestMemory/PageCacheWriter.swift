@@ -11,24 +11,33 @@ public import SystemPackage
 /// copied through an alias mapping.
 @safe
 public struct PageCacheWriter: ~Copyable, Sendable {
-  private let descriptor: OwnedDescriptor
-  private let alias: Mapping?
+  private enum Way: ~Copyable, Sendable {
+    case file(OwnedDescriptor)
+    case alias(Alias)
+    case handed(HandedMemoryFile, start: Int)
+  }
 
-  /// A writer of its own for the object; the descriptor is duplicated.
+  /// An object of hugetlbfs and a mapping of all of it.
+  private struct Alias: ~Copyable, Sendable {
+    let descriptor: OwnedDescriptor
+    let mapping: Mapping
+  }
+
+  private let way: Way
+
+  /// A writer of its own for an object of this process; the descriptor is duplicated.
   public init(_ file: borrowing MemoryFile) throws(Errno) {
     let descriptor = try file.descriptor.duplicate()
     if file.pageSize == .size4KiB {
-      self.init(descriptor: descriptor, alias: nil)
+      way = .file(descriptor)
     } else {
-      let alias = try Mapping(of: file)
-      self.init(descriptor: descriptor, alias: alias)
+      let mapping = try Mapping(of: file)
+      way = .alias(Alias(descriptor: descriptor, mapping: mapping))
     }
   }
 
-  private init(descriptor: consuming OwnedDescriptor, alias: consuming Mapping?) {
-    self.descriptor = descriptor
-    self.alias = alias
-  }
+  /// A writer for the part of another process's file that begins at an offset.
+  public init(_ file: HandedMemoryFile, offset: Int) { way = .handed(file, start: offset) }
 
   /// Puts whole pages into the page cache. Nothing of it is visible through a mapping
   /// registered MINOR until UFFDIO_CONTINUE.
@@ -37,19 +46,21 @@ public struct PageCacheWriter: ~Copyable, Sendable {
   /// anyone is woken.
   /// - Parameters:
   ///   - bytes: whole pages of the object.
-  ///   - offset: bytes into the object.
+  ///   - offset: bytes into the object, or into the part of it.
   @unsafe
   public borrowing func write(_ bytes: UnsafeRawBufferPointer, at offset: Int) throws(Errno) {
     guard let base = bytes.baseAddress else { return }
-    switch alias {
-    case .none:
+    switch way {
+    case .file(let descriptor):
       try unsafe descriptor.writeAll(bytes, at: offset)
-    case .some(let alias):
-      try descriptor.allocate(offset: offset, length: bytes.count)
+    case .alias(let alias):
+      try alias.descriptor.allocate(offset: offset, length: bytes.count)
       // SAFETY: allocate() made the pages, so the copy cannot raise SIGBUS; the range
       // lies inside the object, which the alias maps whole.
-      precondition(offset >= 0 && offset + bytes.count <= alias.length)
-      unsafe (alias.pointer + offset).copyMemory(from: base, byteCount: bytes.count)
+      precondition(offset >= 0 && offset + bytes.count <= alias.mapping.length)
+      unsafe (alias.mapping.pointer + offset).copyMemory(from: base, byteCount: bytes.count)
+    case .handed(let file, let start):
+      try unsafe file.write(bytes, at: start + offset)
     }
   }
 }

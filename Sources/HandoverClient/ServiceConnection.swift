@@ -39,8 +39,11 @@ struct ServiceConnection: ~Copyable, Sendable {
         from: socket, &assembler, into: &received, limit: HandoverFrame.descriptorLimit,
         before: Self.deadline(milliseconds: timeoutMilliseconds))
     } catch {
-      guard let sendError, error.code == .closed else { throw error }
-      throw HandoverClientError(.closed, "the request cannot be sent", errno: sendError)
+      guard error.code == .closed else { throw error }
+      throw HandoverClientError(
+        .closed,
+        "the service closed the connection without an answer, as one that speaks another protocol "
+          + "does", errno: sendError ?? error.errno)
     }
   }
 

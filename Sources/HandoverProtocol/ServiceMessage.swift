@@ -89,7 +89,7 @@ public enum ServiceMessage: Sendable, Hashable {
 
 /// Something that happened to a session.
 public struct HandoverStatus: Sendable, Hashable {
-  /// What happened: `poisoned`, `filled`, `ended`, or something newer.
+  /// What happened: `poisoned`, `filled`, `detached`, `ended`, or something newer.
   public var event: String
   /// Where, in the VMM's process; for `poisoned`.
   public var hostAddress: UInt64?
@@ -119,6 +119,11 @@ public struct HandoverStatus: Sendable, Hashable {
 
   /// The background filling is done.
   public static let filled = Self(event: "filled")
+
+  /// All memory is there, and the VMM goes on without the service.
+  public static func detached(_ message: String) -> Self {
+    Self(event: "detached", message: message)
+  }
 
   /// The session serves no more.
   public static func ended(_ message: String) -> Self { Self(event: "ended", message: message) }

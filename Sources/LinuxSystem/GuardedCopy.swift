@@ -3,7 +3,7 @@
 internal import CLinux
 public import SystemPackage
 
-/// Copies memory of this process that may turn out not to be readable.
+/// Copies memory of this process that may turn out not to be readable, or not to be writable.
 public enum GuardedCopy {
   /// How the kernel is asked.
   package enum Way: CaseIterable {
@@ -28,6 +28,42 @@ public enum GuardedCopy {
       return try unsafe read(from: address, into: buffer, by: .processVM)
     } catch .noFunction, .notPermitted {
       return try unsafe read(from: address, into: buffer, by: .file)
+    }
+  }
+
+  /// Copies bytes through the kernel: where a store would raise SIGBUS or SIGSEGV, because the
+  /// memory file that is mapped has no page there and gets none, it throws `badAddress`.
+  ///
+  /// What was copied before that stays.
+  @unsafe
+  public static func write(
+    _ bytes: UnsafeRawBufferPointer, to address: HostAddress
+  ) throws(Errno) {
+    do {
+      try unsafe write(bytes, to: address, by: .processVM)
+    } catch .noFunction, .notPermitted {
+      try unsafe write(bytes, to: address, by: .file)
+    }
+  }
+
+  @unsafe
+  package static func write(
+    _ bytes: UnsafeRawBufferPointer, to address: HostAddress, by way: Way
+  ) throws(Errno) {
+    guard let start = bytes.baseAddress else { return }
+    let copy =
+      switch way {
+      case .processVM: unsafe clinux_copy_to_own_memory
+      case .file: unsafe clinux_copy_to_through_file
+      }
+    var done = 0
+    while done < bytes.count {
+      // SAFETY: the rest of the bytes is readable; the kernel checks the other side.
+      let result = unsafe copy(
+        UInt(address.rawValue) + UInt(done), start + done, bytes.count - done)
+      if result == -Int(EINTR) { continue }
+      guard try check(result) > 0 else { throw .badAddress }
+      done += result
     }
   }
 

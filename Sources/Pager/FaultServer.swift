@@ -84,7 +84,7 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   /// How many pages from the one of a fault on to bring now. The rest of what the guest will
   /// probably touch next is filled when no fault waits.
   private mutating func window(for fault: PageFault) -> Int {
-    let maximum = session.options.faultAround.maximum
+    let maximum = session.faultAroundMaximum
     guard maximum > 0, let (number, region) = session.numberedRegion(at: fault.address) else {
       return 1
     }

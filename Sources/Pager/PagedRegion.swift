@@ -69,20 +69,27 @@ public final class PagedRegion: Sendable {
     populator = stageTwo ? try memory.makePageCacheWriter() : nil
   }
 
-  /// A range of another process, filled by UFFDIO_COPY.
+  /// A range of another process: filled by UFFDIO_COPY, or, if it maps a memory file that came
+  /// from there, through that file and mapped by UFFDIO_CONTINUE (`.minor`).
+  ///
+  /// - Parameter memory: the file, and where in it the range begins.
   public init(
     host: HostRange, pageSize: PageSize, guestAddress: GuestAddress, sourceRegion: Int = 0,
-    sourceOffset: Int = 0
+    sourceOffset: Int = 0, memory: (file: HandedMemoryFile, offset: Int)? = nil
   ) throws(Errno) {
     guard host.length > 0, pageSize.divides(host.length) else { throw .invalidArgument }
+    let writer = try memory.map { (memory) throws(Errno) in
+      guard memory.file.pageSize == pageSize else { throw .invalidArgument }
+      return PageCacheWriter(memory.file, offset: memory.offset)
+    }
     states = try PageStateTable(pageCount: host.length / pageSize.bytes)
     self.host = host
     self.guestAddress = guestAddress
     self.pageSize = pageSize
     self.sourceRegion = sourceRegion
     self.sourceOffset = sourceOffset
-    mode = .missing
-    cache = nil
+    mode = memory == nil ? .missing : .minor
+    cache = writer
     share = nil
     populator = nil
   }

@@ -11,9 +11,9 @@ public struct PagerOptions: Sendable {
   /// With one fault thread: how long it looks for the next fault before it sleeps, in
   /// nanoseconds, while faults come that fast. 0 switches it off.
   public var busyPollNanoseconds: UInt64 = 100_000
-  /// Remembers the order in which pages are first touched (`recordedWorkingSet`), in 8 bytes
-  /// for each page of the session. Faults bring nothing along then, so that it is the guest's
-  /// order.
+  /// Remembers the order in which pages are first touched (`recordedWorkingSet`) from the start
+  /// on, in 8 bytes for each page of the session. Faults bring nothing along then, so that it is
+  /// the guest's order. `startRecording` and `stopRecording` change it while the session runs.
   public var records = false
   /// How many neighbours a fault brings along.
   public var faultAround = FaultAround.adaptive

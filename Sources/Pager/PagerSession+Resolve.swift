@@ -48,7 +48,7 @@ extension PagerSession {
       switch region.states.load(page) {
       case .absent:
         guard region.states.claim(from: page, limit: 1) == 1 else { continue }
-        recorder?.note(region.range(of: page).start)
+        recorder.note(region.range(of: page).start)
         return fetchAndInstall(page, window: window, region, bench, counters)
       case .filling:
         counters.coalescedFaults.add()

@@ -125,6 +125,9 @@ extension PagerSession {
 
   // MARK: - Fault-around
 
+  /// Bytes that a fault may bring along; none while first touches are recorded.
+  var faultAroundMaximum: Int { recorder.isRecording ? 0 : options.faultAround.maximum }
+
   /// Resolves a page that this thread has claimed, together with those after it that come at
   /// no extra cost or that `window` asks for.
   ///
@@ -138,7 +141,7 @@ extension PagerSession {
     let room = max(1, min(bench.length, Self.pieceLength) / size)
     let limit = min(
       max(window, source.readAhead / size, 1), room, region.pageCount - page)
-    if let share = region.share, limit > 1, options.faultAround.maximum > 0 {
+    if let share = region.share, limit > 1, faultAroundMaximum > 0 {
       switch self.share(page, limit: limit, isClaimed: false, region, share, bench, counters) {
       case .settled(let count) where count > 0:
         counters.broughtAlong.add(UInt64(count - 1))
@@ -147,7 +150,7 @@ extension PagerSession {
       case .settled, .failed: return fetchAndInstall(page, region, bench, counters)
       }
     }
-    guard limit > 1, options.faultAround.maximum > 0,
+    guard limit > 1, faultAroundMaximum > 0,
       let run = try? fetchRun(page, limit: limit, region, bench, insists: window > 1),
       run.count > 1
     else { return fetchAndInstall(page, region, bench, counters) }

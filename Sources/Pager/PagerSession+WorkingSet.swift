@@ -3,15 +3,32 @@
 internal import GuestMemory
 internal import LinuxSystem
 public import MemoryImage
+public import SystemPackage
 
 extension PagerSession {
-  /// The pages that the guest has touched so far in a session with `PagerOptions.records`, in
-  /// the order of their first touches and by the numbers of the source; huge pages are 512
-  /// blocks or more. Runs that follow each other are one.
+  /// Whether first touches are recorded at present.
+  public var isRecording: Bool { recorder.isRecording }
+
+  /// Whether they are, or were at some time.
+  public var hasRecorded: Bool { recorder.hasRecorded }
+
+  /// Records first touches from here on, after those that were recorded before. Pages that are
+  /// there already are not touched for the first time any more. Faults bring nothing along
+  /// meanwhile.
+  ///
+  /// Takes 8 bytes for each page of the session, the first time. Throws what the kernel says when
+  /// there is no memory for that.
+  public func startRecording() throws(Errno) { try recorder.start() }
+
+  /// Records no more, but for a fault that is under way. What was recorded stays.
+  public func stopRecording() { recorder.stop() }
+
+  /// The pages that the guest touched while the session recorded (`PagerOptions.records`,
+  /// `startRecording`), in the order of their first touches and by the numbers of the source;
+  /// huge pages are 512 blocks or more. Runs that follow each other are one.
   ///
   /// Also while the session runs.
   public var recordedWorkingSet: [WorkingSetRun] {
-    guard let recorder else { return [] }
     var seen: Set<UInt64> = []
     var runs: [WorkingSetRun] = []
     for address in recorder.addresses() where seen.insert(address.rawValue).inserted {

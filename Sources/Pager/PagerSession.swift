@@ -29,7 +29,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let source: Source
   let options: PagerOptions
   let canPoison: Bool
-  let recorder: AccessRecorder?
+  let recorder: AccessRecorder
 
   let gate = ReadWriteLock()
   let lane: SourceLane<Source>
@@ -93,14 +93,11 @@ public final class PagerSession<Source: PageSource>: Sendable {
     }
     do {
       stopSign = try EventDescriptor()
-      recorder =
-        options.records
-        ? try AccessRecorder(pages: regions.reduce(0) { $0 + $1.pageCount }) : nil
+      recorder = AccessRecorder(pages: regions.reduce(0) { $0 + $1.pageCount })
+      if options.records { try recorder.start() }
     } catch {
       throw PagerError(.resources, "no eventfd or memory for a session", errno: error)
     }
-    var options = options
-    if options.records { options.faultAround = .off }
     canPoison = userfaultfd.features.contains(.poison) && options.onDamage == .poison
     memory = WatchedMemory(userfaultfd)
     self.regions = regions.sorted { $0.host.start < $1.host.start }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+internal import Glibc
 public import GuestMemory
 internal import LinuxSystem
 public import MemoryImage
@@ -56,7 +57,7 @@ public struct RestoreOptions: Sendable {
 /// Owns the memory, the session and the guest, and ends them in the order that leaves
 /// no vCPU in a fault that nobody serves: the guest first, while faults are served, then
 /// the session, then the memory.
-public final class RestoredGuest: Sendable {
+public final class RestoredGuest: RunningGuest {
   /// The image that it came from.
   public let image: MemoryImage
   /// The pager.
@@ -79,54 +80,37 @@ public final class RestoredGuest: Sendable {
   public init(_ path: FilePath, _ options: RestoreOptions = RestoreOptions()) throws(SnapshotError)
   {
     startNanoseconds = MonotonicClock.nanoseconds
-    do throws(ImageError) {
-      image = try MemoryImage(path: path)
-    } catch {
-      throw SnapshotError(.image, error.description)
-    }
-    let kind = try Self.kind(of: image)
-    let states = image.states.filter { $0.type == TestGuestSnapshots.vcpuStateType }
-      .sorted { $0.instance < $1.instance }.map(\.bytes)
-    guard let region = image.regions.first, image.regions.count == 1 else {
-      throw SnapshotError(.image, "\(path) has \(image.regions.count) regions; a test guest has 1")
-    }
-    guard options.backing.pageSize.divides(region.length) else {
-      throw SnapshotError(
-        .memory,
-        "\(region.length) bytes of guest memory are no whole number of \(options.backing.pageSize) "
-          + "pages")
-    }
+    let saved = try SavedGuest(path, backing: options.backing)
+    image = saved.image
     let parts: GuestMemfdParts?
     if options.backing == .guestMemfd {
-      guard kind == .kvm else {
+      guard saved.kind == .kvm else {
         throw SnapshotError(.guest, "guest_memfd is for KVM guests; \(path) holds a process guest")
       }
-      let made = try GuestMemfdParts(Self.strategy(options), length: region.length)
-      memory = GuestMemoryHandle(try made.makeMemory(length: region.length))
+      let made = try GuestMemfdParts(Self.strategy(options), length: saved.length)
+      memory = GuestMemoryHandle(try made.makeMemory(length: saved.length))
       parts = made
     } else if let cache = options.cleanPages {
       parts = nil
-      memory = GuestMemoryHandle(try Self.makeClone(cache, region.length))
+      memory = GuestMemoryHandle(try saved.makeClone(of: cache))
     } else {
       parts = nil
-      memory = GuestMemoryHandle(try Self.makeMemory(options.backing, region.length))
+      memory = GuestMemoryHandle(try saved.makeMemory(options.backing))
     }
     guestMemfd = parts?.strategy
     session = try Self.makeSession(
-      memory.object, image, options, parts?.strategy, vcpus: states.count)
-    let binding = try parts?.binding(session, vcpus: states.count)
+      memory.object, image, options, parts?.strategy, vcpus: saved.states.count)
+    let binding = try parts?.binding(session, vcpus: saved.states.count)
     preparationNanoseconds = MonotonicClock.nanoseconds - startNanoseconds
     replay =
       options.strategy == .lazy && options.replaysWorkingSet && parts == nil
       ? WorkingSetReplay(of: image, session) : nil
-    do throws(GuestError) {
-      guest = try TestGuest(
-        restoring: memory.range, states: states, kind: kind, handle: parts?.handle,
-        binding: binding)
+    do throws(SnapshotError) {
+      guest = try saved.run(in: memory, handle: parts?.handle, binding: binding)
     } catch {
       session.release()
       replay?.wait()
-      throw SnapshotError(.guest, error.description)
+      throw error
     }
   }
 
@@ -139,66 +123,12 @@ public final class RestoredGuest: Sendable {
     replay?.wait()
   }
 
-  /// Waits for the guest's first instruction; nanoseconds since the restore began.
-  public func timeToFirstInstruction() throws(SnapshotError) -> UInt64 {
-    do throws(GuestError) {
-      _ = try guest.timeToFirstInstruction()
-    } catch {
-      throw SnapshotError(.guest, error.description)
-    }
-    return (guest.firstInstructionNanoseconds ?? startNanoseconds) - startNanoseconds
-  }
-
   // MARK: - Parts
 
   private static func strategy(
     _ options: RestoreOptions
   ) throws(SnapshotError) -> GuestMemfdStrategy {
     if let asked = options.guestMemfd { asked } else { try GuestMemfdStrategy.probe().strategy }
-  }
-
-  private static func kind(of image: MemoryImage) throws(SnapshotError) -> TestGuest.Kind {
-    switch image.metadata[TestGuestSnapshots.kindKey] {
-    case "kvm":
-      guard TestGuest.kvmIsAvailable() else {
-        throw SnapshotError(
-          .guest,
-          "\(image.path) holds a KVM guest, and /dev/kvm cannot be used here. "
-            + "Run `faultline doctor`, or make a snapshot with --guest process.")
-      }
-      return .kvm
-    case "process": return .process
-    default:
-      throw SnapshotError(.image, "\(image.path) is an image, but not of a test guest")
-    }
-  }
-
-  private static func makeMemory(
-    _ backing: MemoryBacking, _ length: Int
-  ) throws(SnapshotError) -> GuestMemoryObject {
-    do throws(Errno) {
-      return try GuestMemoryObject(backing: backing, length: length)
-    } catch {
-      let pages = length / backing.pageSize.bytes
-      let advice =
-        backing.pageSize == .size4KiB
-        ? "Free memory, or raise the limit of this process (ulimit -v, the cgroup's memory.max)."
-        : "It needs \(pages) free pages of \(backing.pageSize): write their number to "
-          + "/proc/sys/vm/nr_hugepages."
-      throw SnapshotError(
-        .memory, "\(length >> 20) MiB of \(backing) memory cannot be had: \(error). \(advice)")
-    }
-  }
-
-  private static func makeClone(
-    _ cache: SharedPageCache, _ length: Int
-  ) throws(SnapshotError) -> GuestMemoryObject {
-    do throws(Errno) {
-      guard cache.length == length else { throw .invalidArgument }
-      return GuestMemoryObject(cloneMapping: try cache.makeMapping(), pageSize: cache.pageSize)
-    } catch {
-      throw SnapshotError(.memory, "a clone of \(length >> 20) MiB cannot be mapped: \(error)")
-    }
   }
 
   private static func makeSession(
@@ -223,9 +153,13 @@ public final class RestoredGuest: Sendable {
           regions = [try PagedRegion(memory, mode: options.mode)]
         }
       }
+      // The guest's process is this one.
+      let process =
+        pager.onDamage == .stopVMM
+        ? try openProcess(getpid()) : nil
       let session = try PagerSession(
         userfaultfd: try Userfaultfd(wanting: PagerSession<ImageSource>.features.wanted),
-        regions: regions, source: ImageSource(image), options: pager)
+        regions: regions, source: ImageSource(image), options: pager, process: process)
       try session.start()
       if options.strategy == .eager {
         do {

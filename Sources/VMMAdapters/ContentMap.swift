@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+public import GuestMemory
 public import LinuxSystem
 public import MemoryImage
 public import Pager
@@ -30,26 +31,33 @@ public struct ContentRange: Sendable, Hashable {
     return first..<first + host.length / ImageLimits.blockSize
   }
 
-  /// The range for a session: a clone's, or filled by UFFDIO_COPY.
+  /// The range for a session.
   ///
-  /// Throws `notSupported` for `.minor`, which the pager does in its own process only;
-  /// `invalidArgument` for a clone that is not the whole of its cache; and what the kernel says
-  /// when there is no memory for the page states.
+  /// Throws `invalidArgument` for a clone that is not the whole of its cache, and for a memory file
+  /// that did not come; and what the kernel says when there is no memory for the page states.
+  /// - Parameter memoryFiles: of the hand-over, for ranges with the mode `.minor`.
   /// - Parameter caches: of the image's regions, if they were offered.
-  public func makePagedRegion(caches: [SharedPageCache] = []) throws(Errno) -> PagedRegion {
+  public func makePagedRegion(
+    memoryFiles: [HandedMemoryFile?] = [], caches: [SharedPageCache] = []
+  ) throws(Errno) -> PagedRegion {
+    var backing: (file: HandedMemoryFile, offset: Int)?
     switch mode {
-    case .minor: throw .notSupported
     case .clone(let number):
       guard caches.indices.contains(number), number == imageRegion, imageOffset == 0,
         caches[number].pageSize == pageSize
       else { throw .invalidArgument }
       return try PagedRegion(
         cloneOf: caches[number], host: host, guestAddress: guestAddress, sourceRegion: imageRegion)
-    case .missing:
-      return try PagedRegion(
-        host: host, pageSize: pageSize, guestAddress: guestAddress, sourceRegion: imageRegion,
-        sourceOffset: imageOffset)
+    case .minor:
+      guard let memory, memory.file < memoryFiles.count, let file = memoryFiles[memory.file] else {
+        throw .invalidArgument
+      }
+      backing = (file, memory.offset)
+    case .missing: break
     }
+    return try PagedRegion(
+      host: host, pageSize: pageSize, guestAddress: guestAddress, sourceRegion: imageRegion,
+      sourceOffset: imageOffset, memory: backing)
   }
 }
 

@@ -22,4 +22,7 @@ public struct HandoverLimits: Sendable, Hashable {
   static let addressSpaceEnd: UInt64 = 1 << 56
   /// Guest-physical addresses and offsets into memory files end at or below this.
   static let contentEnd: UInt64 = 1 << 52
+  /// Bytes of a memory file that no region maps may lie between those that regions do: so many,
+  /// and as many again as regions map.
+  static let memoryGap = 1 << 30
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+public import GuestMemory
 internal import HandoverProtocol
 public import LinuxSystem
 internal import SystemPackage
@@ -21,8 +22,9 @@ public struct HandoverRequest: ~Copyable, Sendable {
   public let fillRate: Int?
   /// Watches the VMM's memory; the ranges are registered already.
   public let userfaultfd: Userfaultfd
-  /// The memory files that regions name by their number.
-  public let memoryFiles: DescriptorList
+  /// The memory files that regions name by their number; `nil` where none with the mode `.minor`
+  /// does.
+  public let memoryFiles: [HandedMemoryFile?]
   /// Who connected.
   public let peer: PeerCredentials
   /// A pidfd of the process that connected.
@@ -66,15 +68,14 @@ public struct HandoverRequest: ~Copyable, Sendable {
       throw HandoverError(.malformed, "\"fill_rate\" is too large")
     }
     let userfaultfd = try receivedUserfaultfd(&descriptors)
-    try Self.check(regions, against: descriptors)
     try Self.check(regions, against: userfaultfd)
+    memoryFiles = try HandedMemory.files(descriptors, of: regions)
     name = message.name ?? opened?.request.name
     image = message.image ?? opened?.request.image
     self.regions = regions
     self.record = message.options?.record
     self.fillRate = fillRate.map(Int.init)
     self.userfaultfd = userfaultfd
-    memoryFiles = descriptors
     self.peer = peer
     self.process = process
   }
@@ -161,34 +162,5 @@ public struct HandoverRequest: ~Copyable, Sendable {
     throw HandoverError(
       .invalidDescriptor, "it is a clone's, and the userfaultfd has no EVENT_REMOVE",
       region: clone)
-  }
-
-  /// Each part that a region maps has to be in its memory file.
-  private static func check(
-    _ regions: [HandedRegion], against memoryFiles: borrowing DescriptorList
-  ) throws(HandoverError) {
-    var lengths: [Int] = []
-    for index in 0..<memoryFiles.count {
-      let status: FileStatus
-      do throws(Errno) {
-        status = try memoryFiles.status(of: index)
-      } catch {
-        throw HandoverError(
-          .inputOutput, "memory file \(index) cannot be looked at", errno: error)
-      }
-      guard status.isRegular else {
-        throw HandoverError(.invalidDescriptor, "memory file \(index) is no memory file")
-      }
-      lengths.append(status.length)
-    }
-    for (number, region) in regions.enumerated() {
-      guard let memory = region.memory else { continue }
-      guard memory.offset <= lengths[memory.file],
-        region.host.length <= lengths[memory.file] - memory.offset
-      else {
-        throw HandoverError(
-          .invalidRegions, "it passes the end of memory file \(memory.file)", region: number)
-      }
-    }
   }
 }

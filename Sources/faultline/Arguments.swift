@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 public import ArgumentParser
+import DaemonConfiguration
 public import GuestMemory
 import LinuxSystem
 public import Pager
@@ -52,7 +53,17 @@ extension MemoryBacking: ExpressibleByArgument {
   public var defaultValueDescription: String { description }
 }
 
+extension DamagePolicy: ExpressibleByArgument {}
 extension ResolutionMode: ExpressibleByArgument {}
+
+/// How long a page may take, as `faultline serve` is told.
+struct SourceTimeout: ExpressibleByArgument {
+  let nanoseconds: UInt64
+  init?(argument: String) {
+    guard let milliseconds = SessionConfiguration.sourceTimeout(argument) else { return nil }
+    nanoseconds = UInt64(milliseconds) * 1_000_000
+  }
+}
 extension RestoreStrategy: ExpressibleByArgument {}
 
 /// What runs the guest.

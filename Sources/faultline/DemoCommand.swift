@@ -78,6 +78,9 @@ struct DemoCommand: ParsableCommand {
           + left.padding(toLength: 22, withPad: " ", startingAt: 0) + right)
     }
     func time(_ value: UInt64?) -> String { value.map(Terminal.duration) ?? "-" }
+    func counts(_ values: UInt64?...) -> String {
+      values.map { "\($0 ?? 0)" }.joined(separator: " / ")
+    }
     print("")
     row("", "lazy", "eager")
     row(
@@ -85,12 +88,12 @@ struct DemoCommand: ParsableCommand {
       time(eager.firstInstructionNanoseconds))
     row("time to verified", time(lazy.doneNanoseconds), time(eager.doneNanoseconds))
     row(
-      "faults: missing / minor", "\(lazy.missingFaults) / \(lazy.minorFaults)",
-      "\(eager.missingFaults) / \(eager.minorFaults)")
+      "faults: missing / minor", counts(lazy.missingFaults, lazy.minorFaults),
+      counts(eager.missingFaults, eager.minorFaults))
     row(
       "pages: copy / continue / zero",
-      "\(lazy.copiedPages) / \(lazy.continuedPages) / \(lazy.zeroPages)",
-      "\(eager.copiedPages) / \(eager.continuedPages) / \(eager.zeroPages)")
+      counts(lazy.copiedPages, lazy.continuedPages, lazy.zeroPages),
+      counts(eager.copiedPages, eager.continuedPages, eager.zeroPages))
     row("fault served, p50", time(lazy.serviceP50Nanoseconds), time(eager.serviceP50Nanoseconds))
     row("fault served, p99", time(lazy.serviceP99Nanoseconds), time(eager.serviceP99Nanoseconds))
     print("")

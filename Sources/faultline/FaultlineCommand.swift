@@ -15,7 +15,7 @@ struct FaultlineCommand: ParsableCommand {
       faultline restore guest.img           run it again; pages come when they are touched
       faultline image info guest.img        make, look at, check, merge and export images
       faultline serve                       serve many VMs: Firecracker's page-fault handler
-      faultline ps                          list them; `stats` and `stop` for one of them
+      faultline ps                          list them; `stats`, `record` and `stop` for one
       faultline bench fault                 measure, against a minimal handler in C
       faultline model                       what the kernel does, step by step
 
@@ -26,8 +26,8 @@ struct FaultlineCommand: ParsableCommand {
     version: "faultline 0.1.0",
     subcommands: [
       DoctorCommand.self, DemoCommand.self, SnapshotCommand.self, RestoreCommand.self,
-      ServeCommand.self, PsCommand.self, StatsCommand.self, StopCommand.self,
-      BenchCommand.self, ImageCommand.self, ModelCommand.self,
+      ServeCommand.self, PsCommand.self, StatsCommand.self, RecordCommand.self,
+      StopCommand.self, BenchCommand.self, ImageCommand.self, ModelCommand.self,
     ])
 }
 

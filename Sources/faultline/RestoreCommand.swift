@@ -24,6 +24,7 @@ struct RestoreCommand: ParsableCommand {
       faultline restore guest.img --record                     what it touches, in which order
       faultline restore guest.img --strategy eager             all memory first, for comparison
       faultline restore guest.img --workload touch             touch every page once, timed
+      faultline restore guest.img --handover /run/fl.sock      `faultline serve` has its memory
       """)
 
   enum Work: String, ExpressibleByArgument, CaseIterable { case verify, touch, none }
@@ -44,24 +45,37 @@ struct RestoreCommand: ParsableCommand {
   var workload: Work = .verify
   @Option(help: "The order of its pages: sequential or random.")
   var order: Order = .sequential
-  @Option(help: "Threads that serve faults, 1 to 64. One is best for one vCPU.")
-  var faultThreads = 1
+  @Option(help: "Threads that serve faults, 1 to 64. One is best for one vCPU. (default: 1)")
+  var faultThreads: Int?
   @Option(
     help: ArgumentHelp(
-      "How much a fault brings along where the guest goes upwards, 0 for nothing.",
+      "How much a fault brings along where the guest goes upwards, 0 for nothing. (default: 1M)",
       valueName: "size"))
-  var faultAround = "1M"
+  var faultAround: String?
+  @Option(
+    help: ArgumentHelp(
+      "How long a page may take before it is given up, 100ms to 1h. (default: 30s)",
+      valueName: "duration"))
+  var sourceTimeout: SourceTimeout?
+  @Option(
+    help: """
+      A page without right content: poison (a touch is a memory error), wait (who touches it \
+      waits until this command is ended) or stop-vmm (a touch ends it). (default: poison)
+      """)
+  var onDamage: DamagePolicy?
   @Flag(help: "Remember the order in which the guest touches pages, and put it into the image.")
   var record = false
   @Flag(
     inversion: .prefixedNo,
     help: "Bring the image's working set, if it has one, while the guest starts.")
   var workingSet = true
+  @OptionGroup var handover: HandoverArguments
   @Flag(help: "Print one JSON object.")
   var json = false
 
   func validate() throws {
-    guard (1...64).contains(faultThreads) else {
+    try handover.validate(with: self)
+    guard (1...64).contains(faultThreads ?? 1) else {
       throw ValidationError("--fault-threads must be 1 to 64")
     }
     guard faultAroundBytes != nil else {
@@ -70,13 +84,21 @@ struct RestoreCommand: ParsableCommand {
     guard guestMemfd == nil || memoryOptions.backing == .guestMemfd else {
       throw ValidationError("--guest-memfd needs --backing guest_memfd")
     }
+    guard (onDamage ?? .poison) == .poison || memoryOptions.backing != .guestMemfd else {
+      throw ValidationError("--on-damage can only be poison with --backing guest_memfd")
+    }
   }
 
   private var faultAroundBytes: Int? {
-    faultAround == "0" ? 0 : MemorySize(argument: faultAround)?.bytes
+    faultAround == "0" ? 0 : MemorySize(argument: faultAround ?? "1M")?.bytes
   }
 
   func run() throws {
+    if let socket = handover.handover { try runHandedOver(to: socket) } else { try runWithPager() }
+  }
+
+  /// Serves the guest's memory in this process.
+  private func runWithPager() throws {
     let progress = ProgressLine("restore")
     defer { progress.finish() }
     var options = RestoreOptions(
@@ -88,7 +110,7 @@ struct RestoreCommand: ParsableCommand {
       if guestMemfd == nil { Terminal.note("faultline: guest_memfd \(best.rawValue): \(reason)") }
     }
     options.pager = PagerOptions(
-      faultThreads: faultThreads,
+      faultThreads: faultThreads ?? 1,
       onFailure: { Terminal.note("faultline: \($0)") },
       onEnd: { error in
         // Nobody will resolve the guest's faults any more: better no guest than a stuck one.
@@ -96,18 +118,14 @@ struct RestoreCommand: ParsableCommand {
         RestoreCommand.exit(withError: ExitCode(1))
       })
     options.pager.records = record
+    options.pager.sourceTimeout = sourceTimeout?.nanoseconds ?? options.pager.sourceTimeout
+    options.pager.onDamage = onDamage ?? .poison
     options.replaysWorkingSet = workingSet && !record
     options.pager.faultAround = .upTo(bytes: faultAroundBytes ?? 0)
     let restored = try RestoredGuest(FilePath(image), options)
     progress.finish()
     defer { restored.shutdown() }
-    var report = RestoreReport(restored, self)
-    report.firstInstructionNanoseconds = try restored.timeToFirstInstruction()
-    do throws(GuestError) {
-      try runWorkload(on: restored, &report)
-    } catch {
-      report.guestError = error.description
-    }
+    var report = try work(on: restored)
     report.finish(restored)
     if record {
       let runs = restored.session.recordedWorkingSet
@@ -118,8 +136,21 @@ struct RestoreCommand: ParsableCommand {
     if !report.isRight { throw wrongPagesStatus }
   }
 
+  /// Has the guest do what it is to do.
+  func work(on restored: any RunningGuest) throws -> RestoreReport {
+    var report = RestoreReport(restored, self)
+    report.firstInstructionNanoseconds = try restored.timeToFirstInstruction()
+    do throws(GuestError) {
+      try runWorkload(on: restored, &report)
+    } catch {
+      report.guestError = error.description
+    }
+    report.doneNanoseconds = MonotonicClock.nanoseconds - restored.startNanoseconds
+    return report
+  }
+
   private func runWorkload(
-    on restored: RestoredGuest, _ report: inout RestoreReport
+    on restored: any RunningGuest, _ report: inout RestoreReport
   ) throws(GuestError) {
     let metadata = restored.image.metadata
     let seed = metadata["guest.seed"].flatMap { UInt64($0) } ?? 1

@@ -25,18 +25,22 @@ struct RestoreReport: Codable {
   var touchedPages: UInt64?
   var touchP50Nanoseconds: UInt64?
   var touchP99Nanoseconds: UInt64?
-  var missingFaults: UInt64 = 0
-  var minorFaults: UInt64 = 0
-  var stageTwoFaults: UInt64 = 0
-  var writtenPages: UInt64 = 0
   /// How the pages of a guest_memfd came.
   var guestMemfd: String?
-  var copiedPages: UInt64 = 0
-  var continuedPages: UInt64 = 0
-  var zeroPages: UInt64 = 0
-  var populatedPages: UInt64 = 0
+  /// The name of the session at the service that served the memory; what that did is for
+  /// `faultline stats` to say, and not here.
+  var session: String?
+  // What the pager did, if it was one in this process.
+  var missingFaults: UInt64?
+  var minorFaults: UInt64?
+  var stageTwoFaults: UInt64?
+  var writtenPages: UInt64?
+  var copiedPages: UInt64?
+  var continuedPages: UInt64?
+  var zeroPages: UInt64?
+  var populatedPages: UInt64?
   /// Pages that came along with others.
-  var broughtAlong: UInt64 = 0
+  var broughtAlong: UInt64?
   /// Pages whose order went into the image.
   var recordedPages: Int?
   var failedPages: UInt64 = 0
@@ -45,14 +49,11 @@ struct RestoreReport: Codable {
   var damagedPages: [String] = []
   var guestError: String?
 
-  init(_ restored: RestoredGuest, _ command: RestoreCommand) {
+  init(_ restored: any RunningGuest, _ command: RestoreCommand) {
     image = command.image
     backing = command.memoryOptions.backing.description
     faultMode = command.faults.rawValue
-    guestMemfd = restored.guestMemfd?.rawValue
-    strategy =
-      restored.guestMemfd == .aheadOfTime
-      ? RestoreStrategy.eager.rawValue : command.strategy.rawValue
+    strategy = command.strategy.rawValue
     guest = restored.guest.kind == .kvm ? "kvm" : "process"
     vcpus = restored.guest.vcpuCount
     memoryBytes = restored.memory.range.length
@@ -71,9 +72,18 @@ struct RestoreReport: Codable {
     touchP99Nanoseconds = UInt64(Double(sorted[sorted.count * 99 / 100]) / ticks)
   }
 
-  /// Takes in what is known at the end.
+  /// Takes in what the service told, once the guest has ended.
+  mutating func finish(_ restored: HandedOverGuest) {
+    session = restored.session
+    let (count, descriptions) = restored.failures
+    failedPages = UInt64(count)
+    damagedPages = descriptions
+  }
+
+  /// Takes in what the pager knows at the end.
   mutating func finish(_ restored: RestoredGuest) {
-    doneNanoseconds = MonotonicClock.nanoseconds - restored.startNanoseconds
+    guestMemfd = restored.guestMemfd?.rawValue
+    if restored.guestMemfd == .aheadOfTime { strategy = RestoreStrategy.eager.rawValue }
     let statistics = restored.session.statistics
     missingFaults = statistics.missingFaults
     minorFaults = statistics.minorFaults
@@ -92,21 +102,14 @@ struct RestoreReport: Codable {
 
   func show(json: Bool) throws {
     guard !json else { return try Terminal.printJSON(self) }
-    let faults = missingFaults + minorFaults + stageTwoFaults
     let how = guestMemfd.map { ", \($0)" } ?? ""
     print(
       "\(strategy) restore of \(image): \(Terminal.size(memoryBytes)) of \(backing) memory\(how)")
     row("guest", "\(guest), \(vcpus) vCPU\(vcpus == 1 ? "" : "s")")
     row("first instruction after", Terminal.duration(firstInstructionNanoseconds))
     row("done after", Terminal.duration(doneNanoseconds))
-    row(
-      "faults",
-      "\(faults): \(missingFaults) missing, \(minorFaults) minor, \(stageTwoFaults) stage-2")
-    row(
-      "resolved by",
-      "\(copiedPages) copy, \(continuedPages) continue, \(writtenPages) write, \(zeroPages) zero"
-        + (populatedPages > 0 ? " (\(populatedPages) pages in bulk)" : "")
-        + (broughtAlong > 0 ? " (\(broughtAlong) came along)" : ""))
+    if let session { row("served by", "a service, as its session \(session)") }
+    showFaults()
     if let recordedPages { row("working set", "\(recordedPages) pages recorded") }
     if let serviceP50Nanoseconds, let serviceP99Nanoseconds {
       row(
@@ -126,6 +129,22 @@ struct RestoreReport: Codable {
       let first = firstWrongPage.map { ", the first is page \($0)" } ?? ""
       print("guest verified: \(verifiedPages) pages, \(wrongPages) wrong\(first)")
     }
+  }
+
+  private func showFaults() {
+    guard let missingFaults, let minorFaults, let stageTwoFaults, let copiedPages,
+      let continuedPages, let writtenPages, let zeroPages
+    else { return }
+    row(
+      "faults",
+      "\(missingFaults + minorFaults + stageTwoFaults): \(missingFaults) missing, "
+        + "\(minorFaults) minor, \(stageTwoFaults) stage-2")
+    let (bulk, along) = (populatedPages ?? 0, broughtAlong ?? 0)
+    row(
+      "resolved by",
+      "\(copiedPages) copy, \(continuedPages) continue, \(writtenPages) write, \(zeroPages) zero"
+        + (bulk > 0 ? " (\(bulk) pages in bulk)" : "")
+        + (along > 0 ? " (\(along) came along)" : ""))
   }
 
   private func row(_ label: String, _ value: String) {

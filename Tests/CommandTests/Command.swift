@@ -96,6 +96,9 @@ final class Command: Sendable {
   var identifier: Int32 { process.processIdentifier }
   var isRunning: Bool { process.isRunning }
 
+  /// What it has written to standard error so far.
+  var errorsSoFar: String { (try? text(.errors)) ?? "" }
+
   func send(_ signal: Int32) { kill(identifier, signal) }
 
   /// Waits for the end. Whatever was run, and however it ended: no escape sequence where

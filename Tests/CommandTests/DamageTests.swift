@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+import Foundation
 import TestSupport
 import Testing
 
@@ -75,6 +76,41 @@ struct DamageTests {
       #expect(restored.damagedPages.first?.contains("index") == true)
       #expect(restored.guestError != nil)
       #expect(restored.verifiedPages == nil)
+    }
+  }
+
+  @Test(
+    "With --on-damage wait the guest waits, until the command is ended",
+    arguments: Surroundings.guests)
+  func waits(_ guest: String) throws {
+    try withImage(guest: guest) { image in
+      let block = try image.damageBlock(from: 700)
+      let command = try Command(
+        of: "/usr/bin/env",
+        [
+          "--default-signal=INT", Command.executable, "restore", image.path, "--on-damage", "wait",
+          "--source-timeout", "500ms",
+        ])
+      #expect(Delay.until { command.errorsSoFar.contains("a touch waits") || !command.isRunning })
+      Delay.microseconds(200_000)
+      #expect(command.isRunning)
+      command.send(SIGINT)
+      let outcome = try command.wait()
+      #expect(outcome.ending == .signal(SIGINT), "\(outcome)")
+      #expect(outcome.errors.contains(address(block)) && outcome.output.isEmpty, "\(outcome)")
+    }
+  }
+
+  @Test("With --on-damage stop-vmm a touch ends the command", arguments: Surroundings.guests)
+  func stops(_ guest: String) throws {
+    try withImage(guest: guest) { image in
+      let block = try image.damageBlock(from: 700)
+      let outcome = try image.restore("--on-damage", "stop-vmm", "--order", "random")
+      #expect(outcome.ending == .signal(SIGKILL), "\(outcome)")
+      #expect(outcome.errors.contains(address(block)) && outcome.output.isEmpty, "\(outcome)")
+      // Nobody touches it.
+      let untouched = try image.restore("--on-damage", "stop-vmm", "--workload", "none")
+      #expect(untouched.ending == .exit(0), "\(untouched)")
     }
   }
 

@@ -42,7 +42,7 @@ struct UsageTests {
     for word in [
       "--strategy", "lazy", "eager", "--faults", "missing", "minor", "--backing", "anonymous",
       "memfd", "hugetlb-2M", "--workload", "verify", "touch", "--order", "sequential", "random",
-      "--fault-threads", "--json",
+      "--fault-threads", "--source-timeout", "--on-damage", "stop-vmm", "--handover", "--json",
     ] {
       #expect(text.contains(word))
     }
@@ -93,6 +93,22 @@ struct UsageTests {
       (["restore", "x", "--workload", "sleep"], "--workload"),
       (["restore", "x", "--order", "none"], "--order"),
       (["restore", "x", "--fault-threads", "0"], "--fault-threads"),
+      (["restore", "x", "--source-timeout", "30"], "--source-timeout"),
+      (["restore", "x", "--source-timeout", "99ms"], "--source-timeout"),
+      (["restore", "x", "--source-timeout", "61m"], "--source-timeout"),
+      (["restore", "x", "--on-damage", "panic"], "--on-damage"),
+      (["restore", "x", "--on-damage", "wait", "--backing", "guest_memfd"], "--on-damage"),
+      (["restore", "x", "--handover", "s", "--on-damage", "wait"], "--on-damage"),
+      (["restore", "x", "--handover", "s", "--source-timeout", "1s"], "--source-timeout"),
+      (["restore", "x", "--name", "vm"], "--handover"),
+      (["restore", "x", "--service-image", "a"], "--handover"),
+      (["restore", "x", "--handover", "s", "--strategy", "eager"], "--strategy eager"),
+      (["restore", "x", "--handover", "s", "--record"], "--record"),
+      (["restore", "x", "--handover", "s", "--fault-threads", "2"], "--fault-threads"),
+      (["restore", "x", "--handover", "s", "--fault-around", "0"], "--fault-around"),
+      (["restore", "x", "--handover", "s", "--no-working-set"], "--no-working-set"),
+      (["restore", "x", "--handover", "s", "--backing", "hugetlb-1G"], "hugetlb-2M"),
+      (["restore", "x", "--handover", "s", "--backing", "guest_memfd"], "hugetlb-2M"),
       (["demo", "--memory", "3M"], "--memory"),
       (["demo", "--memory", "1"], "--memory"),
       (["demo", "--vcpus", "0"], "--vcpus"),

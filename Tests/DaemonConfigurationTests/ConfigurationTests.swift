@@ -67,6 +67,7 @@ private let badTexts: [BadText] = [
   BadText(more: "[a]: red", 1, .wrongType, "single value"),
   BadText(more: "<<: {record: true}", 1, .unknownKey, "is not a key"),
   BadText(more: "fault-threads: 0", 16, .invalidValue, "1 to 64"),
+  BadText(more: "max-sessions: 0", 15, .invalidValue, "1 to 65536"),
   BadText(more: "fault-threads: many", 16, .invalidValue, "\"many\""),
   BadText(more: "fault-threads: [1]", 16, .wrongType, "single value"),
   BadText(more: "fault-threads:", 15, .invalidValue, "\"\""),
@@ -142,6 +143,7 @@ struct ConfigurationTests {
       controlSocket: "/run/faultline/control.sock",
       metricsAddress: NetworkAddress(host: "127.0.0.1", port: 9090))
     expected.faultThreads = 4
+    expected.maximumSessions = 1000
     expected.cacheLimit = 8 << 30
     expected.drainTimeoutMilliseconds = 300_000
     #expect(configuration == expected)
@@ -151,6 +153,7 @@ struct ConfigurationTests {
     #expect(plain.listen[0].mode == 0o600 && plain.listen[0].allowedUsers == nil)
     #expect(plain.listen[0].sessions == SessionConfiguration())
     #expect(plain.controlSocket == nil && plain.metricsAddress == nil)
+    #expect(plain.maximumSessions == 4096)
     #expect(plain.cacheLimit == nil)
     #expect(plain.faultThreads == 2 && plain.drainTimeoutMilliseconds == 60_000)
     #expect(SessionConfiguration().sourceTimeoutMilliseconds == 30_000)
@@ -176,7 +179,7 @@ struct ConfigurationTests {
       (ofFile + ", " + ofSocket).split(separator: ": ").flatMap { part in
         part.split(separator: ", ").map { String($0.prefix { $0 != ":" }) }
       })
-    #expect(Set(keys).count == 17)
+    #expect(Set(keys).count == 18)
     for key in keys { #expect(known.contains(key), "\(key)") }
   }
 

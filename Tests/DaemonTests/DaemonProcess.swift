@@ -81,22 +81,6 @@ final class DaemonProcess: Sendable {
   }
 }
 
-/// What a command of `faultline` says; its exit status, standard output and error.
-func faultline(_ arguments: String...) throws -> (status: Int32, output: String, errors: String) {
-  let process = Process()
-  process.executableURL = builtProduct("faultline")
-  process.arguments = arguments
-  let (output, errors) = (Pipe(), Pipe())
-  process.standardOutput = output
-  process.standardError = errors
-  process.standardInput = FileHandle.nullDevice
-  try launch(process)
-  let text = String(decoding: output.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
-  let words = String(decoding: errors.fileHandleForReading.readDataToEndOfFile(), as: UTF8.self)
-  process.waitUntilExit()
-  return (process.terminationStatus, text, words)
-}
-
 /// A daemon with one image, two regions of 256 and 768 blocks, and its sockets.
 struct Service {
   let daemon: DaemonProcess
@@ -106,18 +90,19 @@ struct Service {
 
   init(
     in directory: String, handover: String = "firecracker", regions: [Int] = [512, 512],
-    image other: String? = nil, _ arguments: [String] = [], environment: [String: String] = [:],
+    image: String? = nil, _ arguments: [String] = [], environment: [String: String] = [:],
     launcher: [String] = []
   ) throws {
     self.directory = directory
-    let image = other ?? directory + "/base.img"
-    if other == nil, !FileManager.default.fileExists(atPath: image) {
-      _ = try makePatternImage(image, regions: imageRegions(regions))
+    let base = directory + "/base.img"
+    if image == nil, !FileManager.default.fileExists(atPath: base) {
+      _ = try makePatternImage(base, regions: imageRegions(regions))
     }
     daemon = try DaemonProcess(
       in: directory,
       [
-        "--socket", directory + "/vmm.sock", "--handover", handover, "--image", image,
+        "--socket", directory + "/vmm.sock", "--handover", handover, "--image",
+        image ?? base,
         "--control-socket", directory + "/control.sock", "--log-level", "debug",
       ] + arguments, environment: environment, launcher: launcher)
   }

@@ -128,6 +128,45 @@ struct HandoverServiceTests {
     }
   }
 
+  @Test("An operator begins and ends a recording, and puts it into the image")
+  func recording() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline")
+      func record(_ options: String...) throws -> (status: Int32, output: String, errors: String) {
+        try CommandProcess(
+          ["record", "1", "--control-socket", service.control] + options
+        ).wait()
+      }
+      func touch(_ block: Int, _ vmm: FakeFirecracker) {
+        #expect(
+          vmm.word(region: block / 512, page: block % 512)
+            == PatternSource.word(block: block, seed: 7))
+      }
+      let vmm = try FakeFirecracker(regions: 2, pages: 512)
+      let client = try attach(service, vmm)
+      #expect(try service.request("POST", "/v1/sessions/1/working-set").hasPrefix("HTTP/1.1 409"))
+      #expect(try service.sessions().map(\.records) == [false])
+      touch(7, vmm)
+      #expect(try record().output == "session 1 records\n")
+      #expect(try service.sessions().map(\.records) == [true])
+      touch(900, vmm)
+      touch(40, vmm)
+      #expect(try record("--stop").output == "session 1 records no more\n")
+      touch(500, vmm)
+      #expect(try record("--json").output.contains("\"records\":true"))
+      touch(70, vmm)
+      let stored = try record("--store")
+      #expect(stored.output.hasPrefix("session 1 records no more; what it recorded is in"))
+      touch(600, vmm)
+      let image = try MemoryImage(path: FilePath(directory + "/base.img"))
+      let runs = try #require(try image.workingSet()).runs
+      #expect(runs.map { $0.region * 512 + $0.firstBlock } == [900, 40, 70], "\(runs)")
+      #expect(try service.sessions().map(\.records) == [false])
+      #expect(try service.request("POST", "/v1/sessions/9/recording").hasPrefix("HTTP/1.1 404"))
+      withExtendedLifetime(client) {}
+    }
+  }
+
   @Test("The filling can be started and stopped, with a rate that makes sense")
   func fill() throws {
     try withTemporaryDirectory { directory in

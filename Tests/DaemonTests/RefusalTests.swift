@@ -35,6 +35,7 @@ struct RefusalTests {
     (["--socket", "DIR/s", "--image", "DIR/base.img", "--on-damage", "panic"], "stop-vmm"),
     (["--socket", "DIR/s", "--image", "DIR/base.img", "--metrics", "9090"], "HOST:PORT"),
     (["--socket", "DIR/s", "--image", "DIR/base.img", "--metrics", "192.0.2.1:0"], "metrics"),
+    (["--socket", "DIR/s", "--image", "DIR/base.img", "--max-sessions", "0"], "1 to 65536"),
     (["--config", "DIR/none.yaml"], "it cannot be read"),
   ]
 
@@ -64,6 +65,36 @@ struct RefusalTests {
       #expect(try service.sessions().isEmpty)
       let metrics = try service.request("GET", "/metrics")
       #expect(metrics.contains("faultline_handovers_total{result=\"not_allowed\"} 1\n"))
+    }
+  }
+
+  @Test("As many sessions as are allowed, and `busy` for another until one ends")
+  func full() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(
+        in: directory, handover: "faultline", ["--max-sessions", "2"])
+      let vmms = try (0..<3).map { _ in try FakeFirecracker(regions: 2, pages: 512) }
+      let first = try attach(service, vmms[0])
+      do {
+        let second = try attach(service, vmms[1])
+        for _ in 0..<3 {
+          let error = #expect(throws: HandoverClientError.self) {
+            _ = try attach(service, vmms[2])
+          }
+          #expect(error?.serviceCode == "busy", "\(String(describing: error))")
+          #expect(error?.description.contains("the 2 sessions") == true)
+        }
+        #expect(try service.sessions().count == 2)
+        #expect(try vmms[0].wrongBlocks() == 0)
+        #expect(try vmms[1].wrongBlocks() == 0)
+        withExtendedLifetime(second) {}
+      }
+      #expect(Delay.until { (try? service.sessions().count) == 1 })
+      let third = try attach(service, vmms[2])
+      #expect(try vmms[2].wrongBlocks() == 0)
+      let metrics = try service.request("GET", "/metrics")
+      #expect(metrics.contains("faultline_handovers_total{result=\"busy\"} 3\n"))
+      withExtendedLifetime((first, third)) {}
     }
   }
 

@@ -84,6 +84,35 @@ struct SystemTests {
     }
   }
 
+  @Test(
+    "A copy through the kernel to what cannot be written is an error, and no SIGBUS",
+    arguments: GuardedCopy.Way.allCases)
+  func guardedWrite(way: GuardedCopy.Way) throws {
+    let file = try MemoryFile(name: "short", length: 2 * 4096)
+    let mapping = try Mapping(of: file.descriptor, length: 3 * 4096, sharing: .shared)
+    let start = mapping.range.start
+    func write(_ count: Int, at offset: Int) -> Errno? {
+      let bytes = [UInt8](repeating: 0x5a, count: count)
+      return unsafe bytes.withUnsafeBytes { bytes in
+        do throws(Errno) {
+          // SAFETY: the bytes are the array's; the address is within the mapping.
+          try unsafe GuardedCopy.write(bytes, to: start.advanced(by: offset), by: way)
+          return nil
+        } catch {
+          return error
+        }
+      }
+    }
+    #expect(write(0, at: 0) == nil)
+    #expect(write(4096, at: 2048) == nil)
+    #expect(load(mapping.range, offset: 2040) == 0)
+    #expect(load(mapping.range, offset: 2048) == 0x5a5a_5a5a_5a5a_5a5a)
+    #expect(load(mapping.range, offset: 6144) == 0)
+    for (count, offset) in [(4096, 8192), (8192, 4096), (16, 8184)] {
+      #expect(write(count, at: offset) == .badAddress)
+    }
+  }
+
   @Test("A thread has its name and can be interrupted")
   func namedThread() throws {
     try KickSignal.install()

@@ -4,6 +4,7 @@ import GuestMemory
 import LinuxSystem
 import MemoryImage
 import Pager
+import Synchronization
 import TestSupport
 import Testing
 import Userfault
@@ -36,6 +37,51 @@ struct PagerWorkingSetTests {
     #expect(
       session.recordedWorkingSet
         == expected.map { WorkingSetRun(region: 0, firstBlock: $0.0, blockCount: $0.1) })
+  }
+
+  @Test("Recording begins and ends while faults are served", arguments: MemoryCase.smallPages)
+  func startAndStop(kind: MemoryCase) throws {
+    let served = try ServedMemory(kind, pages: 512, faultAround: .adaptive)
+    let session = served.session
+    func touch(_ pages: Int...) { #expect(served.wrongBlocks(pages).isEmpty) }
+    touch(5)
+    #expect(!session.isRecording && !session.hasRecorded && session.recordedWorkingSet.isEmpty)
+    try session.startRecording()
+    touch(300, 100, 300, 5)
+    try session.startRecording()
+    #expect(session.isRecording)
+    session.stopRecording()
+    session.stopRecording()
+    touch(200)
+    #expect(!session.isRecording && session.hasRecorded)
+    try session.startRecording()
+    touch(400, 200)
+    session.stopRecording()
+    let recorded = session.recordedWorkingSet
+    #expect(recorded.map(\.firstBlock) == [300, 100, 400])
+    #expect(recorded.allSatisfy { $0.blockCount == 1 })
+  }
+
+  @Test("Whoever begins and ends a recording all the time harms no page")
+  func restless() throws {
+    let pages = 16_384
+    let served = try ServedMemory(MemoryCase.smallPages[0], pages: pages, threads: 2)
+    let running = Atomic<Int>(3)
+    try inThreads(4) { thread in
+      guard thread > 0 else {
+        while running.load(ordering: .acquiring) > 0 {
+          try? served.session.startRecording()
+          _ = served.session.recordedWorkingSet
+          served.session.stopRecording()
+        }
+        return
+      }
+      #expect(served.wrongBlocks(stride(from: thread, to: pages, by: 3)).isEmpty)
+      running.wrappingSubtract(1, ordering: .releasing)
+    }
+    let recorded = served.session.recordedWorkingSet
+    #expect(recorded.reduce(0) { $0 + $1.blockCount } <= pages)
+    #expect(recorded.allSatisfy { $0.firstBlock + $0.blockCount <= pages })
   }
 
   @Test("A replayed page raises no fault, and its content is right", arguments: cases)

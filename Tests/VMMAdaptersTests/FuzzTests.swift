@@ -3,8 +3,10 @@
 import CTestSupport
 import Foundation
 import Glibc
+import GuestMemory
 import LinuxSystem
 import MemoryImage
+import Pager
 import SystemPackage
 import TestSupport
 import Testing
@@ -66,10 +68,13 @@ struct MessageMutator {
 private final class Offers: Sendable {
   let userfaultfd: Userfaultfd
   let file: MemoryFile
+  let unsealed: MemoryFile
   let stop: EventDescriptor
   init() throws {
     let userfaultfd = try Userfaultfd(requiring: .removeEvents)
     let file = try MemoryFile(name: "fuzz-offer", length: 1 << 20)
+    try file.seal(futureWrites: false)
+    unsealed = try MemoryFile(name: "fuzz-offer", length: 1 << 20)
     stop = try EventDescriptor()
     self.userfaultfd = userfaultfd
     self.file = file
@@ -79,10 +84,11 @@ private final class Offers: Sendable {
   func some(_ wanted: Int, using random: inout SeededGenerator) -> [CInt] {
     let all = [
       userfaultfd.descriptor.rawValue, file.descriptor.rawValue, stop.descriptor.rawValue,
+      unsealed.descriptor.rawValue,
     ]
     if Bool.random(using: &random) { return Array(all.prefix(wanted)) }
     return (0..<Int.random(in: 0...4, using: &random)).map { _ in
-      all[Int.random(in: 0..<3, using: &random)]
+      all[Int.random(in: 0..<all.count, using: &random)]
     }
   }
 
@@ -123,7 +129,7 @@ private func receive(firecracker: Bool, on socket: consuming UnixSocket) -> Int 
     let request = try HandoverConnection(socket).receive(limits: smallLimits) {
       (_) throws(HandoverError) in offer
     }
-    return checkMap(request.regions)
+    return checkMap(request.regions, request.memoryFiles)
   } catch {
     precondition(error.code != .timedOut, "a message that ended was waited for")
     precondition(!error.description.isEmpty)
@@ -137,12 +143,21 @@ private let fuzzOffer = Result { () throws(HandoverError) in
 }
 
 /// What is mapped lies inside of the image, and is what was handed over.
-private func checkMap(_ regions: [HandedRegion]) -> Int {
+private func checkMap(
+  _ regions: [HandedRegion], _ memoryFiles: [HandedMemoryFile?] = []
+) -> Int {
   let image = imageRegions([3, 512, 1, 1020])
   guard let ranges = try? ContentMap.ranges(of: regions, in: image) else { return regions.count }
   for range in ranges {
     precondition(range.blocks.upperBound <= image[range.imageRegion].blockCount)
     precondition(range.pageSize.divides(range.host.length))
+    // One that is filled through its memory file has it, and a clone its cache.
+    do throws(Errno) {
+      let caches = (try? fuzzOffer.get().caches) ?? []
+      _ = try range.makePagedRegion(memoryFiles: memoryFiles, caches: caches)
+    } catch {
+      preconditionFailure("no region can be made: \(error)")
+    }
   }
   let length = ranges.reduce(0) { $0 + $1.host.length }
   precondition(length == regions.reduce(0) { $0 + $1.host.length })

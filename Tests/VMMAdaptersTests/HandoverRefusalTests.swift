@@ -155,6 +155,7 @@ struct HandoverRefusalTests {
   func memoryFiles() throws {
     let userfaultfd = try Userfaultfd(requiring: .removeEvents)
     let file = try MemoryFile(name: "vm", length: 65536)
+    try file.seal(futureWrites: false)
     let stop = try EventDescriptor()
     let numbers = [userfaultfd.descriptor.rawValue, file.descriptor.rawValue]
     let both = "\"userfaultfd\",\"memory\""
@@ -171,6 +172,13 @@ struct HandoverRefusalTests {
     #expect(try code(minor + second, numbers) == .invalidRegions)
     #expect(try code(minor + second + ",\"memory_offset\":8192", numbers) == nil)
     #expect(try code(minor, [numbers[0], stop.descriptor.rawValue]) == .invalidDescriptor)
+    // Parts that lie far apart would take up address space of the service.
+    let long = try MemoryFile(name: "long", length: 8 << 30)
+    try long.seal(futureWrites: false)
+    let third = second + ",\"mode\":\"minor\",\"memory_offset\":"
+    let numbersOfLong = [numbers[0], long.descriptor.rawValue]
+    #expect(try code(minor + third + "\(1 << 30)", numbersOfLong) == nil)
+    #expect(try code(minor + third + "\(4 << 30)", numbersOfLong) == .limitExceeded)
     #expect(try code(minor, [numbers[1], numbers[0]]) == .invalidDescriptor)
   }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 import Foundation
+import GuestMemory
 import LinuxSystem
 import MemoryImage
 import Pager
@@ -13,10 +14,11 @@ import Userfault
 /// A session over what was handed over.
 func makeSession(
   _ ranges: [ContentRange], _ image: MemoryImage, userfaultfd: consuming Userfaultfd,
-  process: consuming OwnedDescriptor
+  process: consuming OwnedDescriptor, memoryFiles: [HandedMemoryFile?] = []
 ) throws -> PagerSession<ImageSource> {
   try PagerSession(
-    userfaultfd: userfaultfd, regions: try ranges.map { range in try range.makePagedRegion() },
+    userfaultfd: userfaultfd,
+    regions: try ranges.map { range in try range.makePagedRegion(memoryFiles: memoryFiles) },
     source: ImageSource(image), registers: false, process: process)
 }
 

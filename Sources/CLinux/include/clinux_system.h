@@ -81,6 +81,14 @@ static inline long clinux_is_memory_file(int fd) {
   return status.f_type == TMPFS_MAGIC || status.f_type == RAMFS_MAGIC ||
          status.f_type == HUGETLBFS_MAGIC;
 }
+/// Bytes of a page of the file's page cache, for tmpfs and hugetlbfs; 0 for any other file.
+static inline long clinux_memory_page_size(int fd) {
+  struct statfs status;
+  const long result = clinux_result(fstatfs(fd, &status));
+  if (result < 0) return result;
+  if (status.f_type == HUGETLBFS_MAGIC) return status.f_bsize;
+  return status.f_type == TMPFS_MAGIC ? 4096 : 0;
+}
 static inline long clinux_pwrite(int fd, const void *buffer, size_t length, off_t offset) {
   return clinux_result(pwrite(fd, buffer, length, offset));
 }
@@ -120,6 +128,8 @@ static inline long clinux_add_seals(int fd, int seals) {
   // F_ADD_SEALS, which <fcntl.h> has with _GNU_SOURCE only.
   return clinux_result(fcntl(fd, 1033, seals));
 }
+/// F_GET_SEALS.
+static inline long clinux_get_seals(int fd) { return clinux_result(fcntl(fd, 1034)); }
 static inline long clinux_memfd_create(const char *name, unsigned flags) {
   return clinux_result(syscall(SYS_memfd_create, name, flags));
 }
@@ -203,7 +213,11 @@ long clinux_begin_writeback(int fd, off_t offset, off_t length);
 long clinux_try_lock(int fd);
 /// Copies memory of this process by process_vm_readv(2); how many bytes it got.
 long clinux_copy_own_memory(void *to, uintptr_t from, size_t length);
-/// The same through a file in memory: write(2) reads it as a load would, and does not raise SIGBUS.
+/// Copies to memory of this process by process_vm_writev(2); how many bytes it put there.
+long clinux_copy_to_own_memory(uintptr_t to, const void *from, size_t length);
+/// The same through a file in memory: read(2) writes as a store would, and does not raise SIGBUS.
+long clinux_copy_to_through_file(uintptr_t to, const void *from, size_t length);
+/// `clinux_copy_own_memory` through a file in memory: write(2) reads it as a load would, and does not raise SIGBUS.
 long clinux_copy_through_file(void *to, uintptr_t from, size_t length);
 
 /// Sends what fits without waiting.

@@ -44,6 +44,8 @@ struct ServeCommand: ParsableCommand {
   var allowUID: [UInt32] = []
   @Option(help: "Threads that serve faults. (default: 2)")
   var faultThreads: String?
+  @Option(help: "VMs at a time; another one is refused. (default: 4096)")
+  var maxSessions: String?
   @Option(help: "Bytes a second that each session is filled in the background. (default: 0)")
   var fillRate: String?
   @Flag(help: "Remember the order in which guests touch pages.")
@@ -111,7 +113,8 @@ struct ServeCommand: ParsableCommand {
 
   private var common: [(String, String)] {
     [
-      ("fault-threads", faultThreads), ("fill-rate", fillRate), ("record", record ? "true" : nil),
+      ("fault-threads", faultThreads), ("max-sessions", maxSessions), ("fill-rate", fillRate),
+      ("record", record ? "true" : nil),
       ("source-timeout", sourceTimeout), ("on-damage", onDamage),
       ("control-socket", controlSocket.map(Self.absolute)), ("metrics", metrics),
       ("cache-size", cacheSize), ("drain-timeout", drainTimeout), ("log-level", logLevel),

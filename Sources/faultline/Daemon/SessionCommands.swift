@@ -127,7 +127,7 @@ struct StopCommand: ParsableCommand {
 }
 
 /// A session's name, as part of a path.
-private func identifier(_ text: String) throws -> String {
+func identifier(_ text: String) throws -> String {
   guard !text.isEmpty, text.count <= 20, text.allSatisfy({ $0.isASCII && $0.isNumber }) else {
     throw ValidationError("\(Terminal.plain(text)) is no session: `faultline ps` lists them")
   }
