@@ -20,6 +20,9 @@ public struct HandoverOptions: Sendable {
   public var backing = MemoryBacking.anonymous
   /// How the service fills absent pages; `.minor` needs a memory file.
   public var mode = ResolutionMode.missing
+  /// Makes the guest a clone: its clean pages are those of the service, in pages of the size of
+  /// `backing`, and what it writes is its own. `mode` does not count then.
+  public var isClone = false
   /// The guest's name for the service's logs and lists.
   public var name: String?
   /// The image to ask the service for, where it has several.
@@ -63,10 +66,10 @@ public final class HandedOverGuest: RunningGuest {
     startNanoseconds = MonotonicClock.nanoseconds
     let saved = try SavedGuest(path, backing: options.backing)
     image = saved.image
-    let memory = GuestMemoryHandle(try saved.makeMemory(options.backing))
-    self.memory = memory
-    userfault = try UserfaultHandle(watching: memory, options.mode)
-    let client = try Self.attach(memory, saved.image, userfault, options)
+    let client: HandoverClient
+    (memory, userfault, client) =
+      options.isClone
+      ? try Self.openAndAttach(saved, options) : try Self.attach(saved, options)
     watch = try HandoverWatch(
       client, memory.range.start, saved.image.regions[0].guestAddress, options)
     preparationNanoseconds = MonotonicClock.nanoseconds - startNanoseconds
@@ -96,14 +99,18 @@ public final class HandedOverGuest: RunningGuest {
 
   // MARK: - Parts
 
+  /// What it takes to be served: the memory, what watches it, and the session.
+  private typealias Parts = (GuestMemoryHandle, UserfaultHandle, HandoverClient)
+
   private static func attach(
-    _ memory: GuestMemoryHandle, _ image: MemoryImage, _ userfault: UserfaultHandle,
-    _ options: HandoverOptions
-  ) throws(SnapshotError) -> HandoverClient {
+    _ saved: SavedGuest, _ options: HandoverOptions
+  ) throws(SnapshotError) -> Parts {
+    let memory = GuestMemoryHandle(try saved.makeMemory(options.backing))
+    let userfault = try UserfaultHandle(watching: memory, options.mode)
     var region = AttachMessage.Region(
       hostAddress: memory.range.start.rawValue, length: UInt64(memory.range.length),
       pageSize: UInt64(memory.backing.pageSize.bytes),
-      guestAddress: image.regions[0].guestAddress.rawValue)
+      guestAddress: saved.image.regions[0].guestAddress.rawValue)
     var files: [CInt] = []
     if options.mode == .minor {
       region.mode = .minor
@@ -121,9 +128,38 @@ public final class HandedOverGuest: RunningGuest {
       }
     }
     do throws(HandoverClientError) {
-      return try HandoverClient(
+      let client = try HandoverClient(
         attachingTo: options.socket, regions: [region], userfaultfd: userfault.userfaultfd,
         memoryFiles: files, name: options.name, image: options.serviceImage)
+      return (memory, userfault, client)
+    } catch {
+      throw SnapshotError(.pager, error.description)
+    }
+  }
+
+  /// A clone gets its memory from the service, then hands its mapping of it over.
+  private static func openAndAttach(
+    _ saved: SavedGuest, _ options: HandoverOptions
+  ) throws(SnapshotError) -> Parts {
+    let opened: OpenedImage
+    do throws(HandoverClientError) {
+      opened = try OpenedImage(
+        from: options.socket, image: options.serviceImage, name: options.name,
+        pageSize: options.backing.pageSize)
+    } catch {
+      throw SnapshotError(.pager, error.description)
+    }
+    guard opened.regions.count == 1, let region = opened.regions.first,
+      region.length == saved.length
+    else {
+      throw SnapshotError(.image, "the service's image is not that of \(saved.image.path)")
+    }
+    let memory = GuestMemoryHandle(try saved.makeClone(of: region))
+    let userfault = try UserfaultHandle(watching: memory, .minor)
+    do throws(HandoverClientError) {
+      let client = try opened.attach(
+        [region.attached(at: memory.range.start)], userfaultfd: userfault.userfaultfd)
+      return (memory, userfault, client)
     } catch {
       throw SnapshotError(.pager, error.description)
     }

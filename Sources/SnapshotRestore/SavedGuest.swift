@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import GuestMemory
+internal import HandoverClient
 internal import LinuxSystem
 internal import MemoryImage
 internal import Pager
@@ -81,6 +82,20 @@ struct SavedGuest {
       return GuestMemoryObject(cloneMapping: try cache.makeMapping(), pageSize: cache.pageSize)
     } catch {
       throw SnapshotError(.memory, "a clone of \(length >> 20) MiB cannot be mapped: \(error)")
+    }
+  }
+
+  /// A clone's mapping of clean pages that a service has.
+  func makeClone(of region: OpenedImage.Region) throws(SnapshotError) -> GuestMemoryObject {
+    do throws(Errno) {
+      return GuestMemoryObject(
+        cloneMapping: try region.makeMapping(), pageSize: region.pageSize)
+    } catch {
+      let advice =
+        region.pageSize == .size4KiB
+        ? "" : ". What it may write takes \(length / region.pageSize.bytes) free huge pages"
+      throw SnapshotError(
+        .memory, "a clone of \(length >> 20) MiB cannot be mapped: \(error)\(advice)")
     }
   }
 

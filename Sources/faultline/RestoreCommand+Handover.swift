@@ -3,6 +3,7 @@
 import ArgumentParser
 import GuestMemory
 import LinuxSystem
+import Pager
 import SnapshotRestore
 import SystemPackage
 
@@ -20,12 +21,18 @@ struct HandoverArguments: ParsableArguments {
     help: ArgumentHelp(
       "With --handover: the image to ask for, where the service has several.", valueName: "name"))
   var serviceImage: String?
+  @Flag(
+    help: """
+      With --handover: share clean pages with the image's other clones there; what the guest \
+      writes is its own. Pages of 4 KiB, or of 2 MiB with --backing hugetlb-2M.
+      """)
+  var clone = false
 
   /// Refuses what makes no sense with the other options.
   func validate(with command: RestoreCommand) throws {
     guard handover != nil else {
-      guard name == nil, serviceImage == nil else {
-        throw ValidationError("--name and --service-image need --handover")
+      guard name == nil, serviceImage == nil, !clone else {
+        throw ValidationError("--name, --service-image and --clone need --handover")
       }
       return
     }
@@ -38,6 +45,9 @@ struct HandoverArguments: ParsableArguments {
       ("--record", command.record, "set it there"),
       ("--no-working-set", !command.workingSet, "the service decides"),
     ]
+    guard !clone || command.faults == .missing else {
+      throw ValidationError("--faults is not for --clone: it has its memory from the service")
+    }
     for (option, isThere, advice) in others where isThere {
       throw ValidationError("\(option) is not for --handover: the service fills memory; \(advice)")
     }
@@ -56,6 +66,7 @@ extension RestoreCommand {
     var options = HandoverOptions(socket: FilePath(socket))
     options.backing = memoryOptions.backing
     options.mode = faults
+    options.isClone = handover.clone
     options.name = handover.name
     options.serviceImage = handover.serviceImage
     options.onNotice = { Terminal.note("faultline: \(Terminal.plain($0))") }

@@ -10,6 +10,8 @@ import TestGuest
 /// What `faultline restore` tells; times in nanoseconds from the beginning of the restore.
 struct RestoreReport: Codable {
   var image: String
+  /// Whether clean pages are those of the service.
+  var isClone: Bool
   var backing: String
   var faultMode: String
   var strategy: String
@@ -51,8 +53,9 @@ struct RestoreReport: Codable {
 
   init(_ restored: any RunningGuest, _ command: RestoreCommand) {
     image = command.image
-    backing = command.memoryOptions.backing.description
-    faultMode = command.faults.rawValue
+    isClone = command.handover.clone
+    backing = restored.memory.backing.description
+    faultMode = isClone ? ResolutionMode.minor.rawValue : command.faults.rawValue
     strategy = command.strategy.rawValue
     guest = restored.guest.kind == .kvm ? "kvm" : "process"
     vcpus = restored.guest.vcpuCount
@@ -102,7 +105,7 @@ struct RestoreReport: Codable {
 
   func show(json: Bool) throws {
     guard !json else { return try Terminal.printJSON(self) }
-    let how = guestMemfd.map { ", \($0)" } ?? ""
+    let how = guestMemfd.map { ", \($0)" } ?? (isClone ? ", a clone" : "")
     print(
       "\(strategy) restore of \(image): \(Terminal.size(memoryBytes)) of \(backing) memory\(how)")
     row("guest", "\(guest), \(vcpus) vCPU\(vcpus == 1 ? "" : "s")")

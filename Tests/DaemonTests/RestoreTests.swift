@@ -74,18 +74,42 @@ struct RestoreTests {
   }
 
   @Test(
-    "In huge pages, too", .enabled(if: Host.hasHugePages(8), "needs 8 free pages of 2 MiB"))
+    "In huge pages, too", .enabled(if: Host.hasHugePages(16), "needs 16 free pages of 2 MiB"))
   func hugePages() throws {
     try withTemporaryDirectory { directory in
       try save("one", in: directory, ["--guest", "process", "--memory", "16M"])
       let service = try makeService(in: directory)
-      for faults in ["missing", "minor"] {
-        let outcome = try restore(
-          "one", service, ["--backing", "hugetlb-2M", "--faults", faults]
-        ).wait()
+      for how in [["--faults", "missing"], ["--faults", "minor"], ["--clone"]] {
+        let outcome = try restore("one", service, ["--backing", "hugetlb-2M"] + how).wait()
         #expect(outcome.status == 0, "\(outcome)")
         #expect(outcome.output.contains("guest verified: 3840 pages, 0 wrong"), "\(outcome)")
       }
+    }
+  }
+
+  @Test("Clones that were saved while they wrote write on, each for itself", arguments: guests)
+  func clones(_ guest: String) throws {
+    try withTemporaryDirectory { directory in
+      try save("one", in: directory, ["--guest", guest, "--memory", "32M", "--live"])
+      let service = try makeService(in: directory, ["--cache-size", "1G"])
+      let running = try (0..<4).map { number in
+        try restore(
+          "one", service,
+          ["--clone", "--name", "clone \(number)", "--order", number < 2 ? "sequential" : "random"])
+      }
+      for process in running {
+        let outcome = process.wait()
+        #expect(outcome.status == 0, "\(outcome)")
+        #expect(outcome.output.contains("of memfd memory, a clone"), "\(outcome)")
+        #expect(outcome.output.contains("guest verified: 7936 pages, 0 wrong"), "\(outcome)")
+        #expect(outcome.errors.isEmpty, "\(outcome)")
+      }
+      #expect(Delay.until { (try? service.sessions().isEmpty) == true })
+      // All of it came once: what was copied, the guests wrote.
+      let bytes = try service.metric("faultline_cache_bytes")
+      #expect((31 << 20...32 << 20).contains(bytes), "\(bytes)")
+      #expect(try service.metric("faultline_pages_total{resolution=\"copied\"}") == 0)
+      for number in 0..<4 { #expect(service.daemon.logged("clone \(number)")) }
     }
   }
 
@@ -167,6 +191,14 @@ struct RestoreTests {
         (
           [one, "--handover", service.socket, "--service-image", "one", "--faults", "minor"],
           "use memfd or hugetlb"
+        ),
+        (
+          [one, "--handover", service.socket, "--service-image", "small", "--clone"],
+          "the service's image is not that of"
+        ),
+        (
+          [one, "--handover", service.socket, "--service-image", "none", "--clone"],
+          "unknown_image"
         ),
       ]
       for (arguments, words) in wrong {
