@@ -35,3 +35,21 @@ static inline XXH128_hash_t cxxhash_128(const void *bytes, size_t length, XXH64_
 #endif
   return XXH3_128bits_withSeed(bytes, length, seed);
 }
+
+/// A hash of something that comes in parts; NULL without memory. Not by the library's dispatcher:
+/// what a state looks like is for this header and its code to know.
+static inline XXH3_state_t *cxxhash_stream(XXH64_hash_t seed) {
+  XXH3_state_t *state = XXH3_createState();
+  if (state != NULL) XXH3_64bits_reset_withSeed(state, seed);
+  return state;
+}
+
+static inline void cxxhash_add(XXH3_state_t *state, const void *bytes, size_t length) {
+  XXH3_64bits_update(state, bytes, length);
+}
+
+static inline XXH64_hash_t cxxhash_value(const XXH3_state_t *state) {
+  return XXH3_64bits_digest(state);
+}
+
+static inline void cxxhash_free(XXH3_state_t *state) { XXH3_freeState(state); }

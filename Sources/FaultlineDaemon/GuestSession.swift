@@ -93,16 +93,17 @@ final class GuestSession: Sendable {
   /// Starts the filling: the image's working set, if it has one and none is being recorded, then
   /// the rest.
   func startFill(rate: Int?, replays: Bool) throws {
-    var runs: [WorkingSetRun] = []
+    var plan = pager.makeReplayPlan()
     if replays, !pager.isRecording {
-      do {
-        runs = try image.workingSet()?.runs ?? []
+      do throws(ImageError) {
+        _ = try image.readWorkingSet { plan.add($0) }
       } catch {
+        plan = pager.makeReplayPlan()
         log.warning("the image's working set is not used: \(error)")
       }
     }
-    guard rate != 0 || !runs.isEmpty else { return }
-    try pager.startFill(runs, rate: rate) { [weak self] in self?.hasFilled(rate: rate) }
+    guard rate != 0 || !plan.isEmpty else { return }
+    try pager.startFill(plan, rate: rate) { [weak self] in self?.hasFilled(rate: rate) }
   }
 
   private func hasFilled(rate: Int?) {

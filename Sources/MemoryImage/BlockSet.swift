@@ -43,6 +43,35 @@ public struct BlockSet: Sendable, Hashable {
     return count
   }
 
+  /// The first blocks in a range that follow each other; `nil` when there are none.
+  public func firstRun(in range: Range<Int>) -> Range<Int>? {
+    guard let first = next(in: range, isMember: true) else { return nil }
+    return first..<(next(in: first..<range.upperBound, isMember: false) ?? range.upperBound)
+  }
+
+  /// The first block in a range that is, or is not, among them.
+  private func next(in range: Range<Int>, isMember: Bool) -> Int? {
+    var block = max(range.lowerBound, 0)
+    while block < range.upperBound {
+      let end = min((block / Self.group + 1) * Self.group, range.upperBound)
+      guard let words = groups[block / Self.group] else {
+        if !isMember { return block }
+        block = end
+        continue
+      }
+      while block < end {
+        let word = words[block % Self.group / 64]
+        let rest = (isMember ? word : ~word) >> UInt64(block % 64)
+        if rest != 0 {
+          let found = block + rest.trailingZeroBitCount
+          return found < range.upperBound ? found : nil
+        }
+        block = (block / 64 + 1) * 64
+      }
+    }
+    return nil
+  }
+
   /// Calls a body for each run of blocks that follow each other, in ascending order.
   public func forEachRange<Failure: Error>(
     _ body: (Range<Int>) throws(Failure) -> Void

@@ -38,6 +38,32 @@ enum Checksum {
     unsafe bytes.withUnsafeBytes { unsafe of($0, seed: seed) }
   }
 
+  /// The same of what comes in parts.
+  @safe
+  struct Stream: ~Copyable {
+    // SAFETY: made and freed here.
+    private let state: OpaquePointer
+
+    /// `nil` without memory.
+    init?(seed: UInt64) {
+      guard let state = unsafe cxxhash_stream(seed) else { return nil }
+      unsafe self.state = state
+    }
+
+    deinit { unsafe cxxhash_free(state) }
+
+    mutating func add(_ bytes: [UInt8]) {
+      // SAFETY: the bytes are valid for the call.
+      unsafe bytes.withUnsafeBytes { unsafe cxxhash_add(state, $0.baseAddress, $0.count) }
+    }
+
+    /// Of all bytes so far, never 0.
+    var value: UInt64 {
+      let hash = unsafe cxxhash_value(state)
+      return hash == 0 ? 1 : hash
+    }
+  }
+
   /// The seed for things of one kind in one image; `number` tells them apart.
   static func key(_ id: ImageID, _ tag: Tag, number: Int = 0) -> UInt64 {
     let bytes = (id.low.littleEndian, id.high.littleEndian)

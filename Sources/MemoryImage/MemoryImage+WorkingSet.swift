@@ -13,13 +13,24 @@ extension MemoryImage {
   /// `invalidLayout` for one that names blocks which the image does not have, or one twice. The
   /// image itself is as good as before: go on without, or remove it by `setWorkingSet`.
   public func workingSet() throws(ImageError) -> WorkingSet? {
+    var set = WorkingSet()
+    return try readWorkingSet { set.append($0) } ? set : nil
+  }
+
+  /// Reads the working set without having all of it in memory; whether there is one.
+  ///
+  /// Throws what `workingSet` throws, also at the end, when its checksum is known: then what came
+  /// before is worth nothing.
+  ///
+  /// - Parameter body: is called for each run; the image has its blocks, and each once.
+  public func readWorkingSet(_ body: (WorkingSetRun) -> Void) throws(ImageError) -> Bool {
     let length: Int
     do throws(Errno) {
       length = try own.file.status.length
     } catch {
       throw ImageError(.inputOutput, path, "its length cannot be read", errno: error)
     }
-    guard length > fileLength else { return nil }
+    guard length > fileLength else { return false }
     func damaged(_ reason: String) -> ImageError {
       ImageError(.damaged, path, "its working set \(reason)", fileOffset: fileLength)
     }
@@ -35,17 +46,32 @@ extension MemoryImage {
     guard fileLength + WorkingSetSection.headerLength + entries == length else {
       throw damaged("has another length than it says")
     }
-    let bytes = try workingSetBytes(
-      at: fileLength + WorkingSetSection.headerLength, length: entries)
-    guard Checksum.of(bytes, seed: Checksum.key(id, .workingSet)) == header.checksum else {
-      throw damaged("does not match its checksum")
+    guard var sum = Checksum.Stream(seed: Checksum.key(id, .workingSet)) else {
+      throw ImageError(.inputOutput, path, "no memory for a checksum", errno: .noMemory)
     }
-    guard let set = WorkingSet(WorkingSetSection.decodeRuns(bytes), of: regions) else {
+    var check = WorkingSetCheck(regions)
+    var isValid = true
+    var done = 0
+    while done < entries {
+      let bytes = try workingSetBytes(
+        at: length - entries + done, length: min(entries - done, WorkingSetSection.pieceLength))
+      sum.add(bytes)
+      done += bytes.count
+      isValid =
+        isValid
+        && WorkingSetSection.decode(bytes) { run in
+          guard check.accepts(run) else { return false }
+          body(run)
+          return true
+        }
+    }
+    guard sum.value == header.checksum else { throw damaged("does not match its checksum") }
+    guard isValid else {
       throw ImageError(
         .invalidLayout, path, "its working set names blocks that it does not have, or one twice",
         fileOffset: fileLength)
     }
-    return set
+    return true
   }
 
   private func workingSetBytes(at offset: Int, length: Int) throws(ImageError) -> [UInt8] {

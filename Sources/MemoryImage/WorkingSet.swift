@@ -20,10 +20,7 @@ public struct WorkingSetRun: Hashable, Sendable {
 /// The pages that a guest needs first, in the order in which it touched them; no block twice.
 public struct WorkingSet: Hashable, Sendable {
   /// The runs, in the order of the touches.
-  public let runs: [WorkingSetRun]
-
-  /// More blocks are not taken: 1 TiB of memory.
-  static let mostBlocks = 1 << 28
+  public private(set) var runs: [WorkingSetRun]
 
   /// Blocks of all runs.
   public var blockCount: Int { runs.reduce(0) { $0 + $1.blockCount } }
@@ -33,27 +30,50 @@ public struct WorkingSet: Hashable, Sendable {
   /// - Returns: `nil` where a run has blocks that the regions have not, or none, where a block
   ///   occurs twice, or for more than 2^28 blocks.
   public init?(_ runs: [WorkingSetRun], of regions: [ImageRegion]) {
-    var seen = regions.map { _ in BlockSet() }
-    var joined: [WorkingSetRun] = []
-    var left = Self.mostBlocks
+    var check = WorkingSetCheck(regions)
+    self.init()
     for run in runs {
-      guard regions.indices.contains(run.region), run.firstBlock >= 0, run.blockCount > 0,
-        run.firstBlock <= regions[run.region].blockCount,
-        run.blockCount <= regions[run.region].blockCount - run.firstBlock, run.blockCount <= left
-      else { return nil }
-      left -= run.blockCount
-      let blocks = run.firstBlock..<run.firstBlock + run.blockCount
-      guard seen[run.region].count(in: blocks) == 0 else { return nil }
-      for block in blocks { seen[run.region].insert(block) }
-      if let last = joined.last, last.region == run.region,
-        last.firstBlock + last.blockCount == run.firstBlock
-      {
-        joined[joined.count - 1].blockCount += run.blockCount
-      } else {
-        joined.append(run)
-      }
+      guard check.accepts(run) else { return nil }
+      append(run)
     }
-    self.runs = joined
+  }
+
+  init() { runs = [] }
+
+  mutating func append(_ run: WorkingSetRun) {
+    if let last = runs.last, last.region == run.region,
+      last.firstBlock + last.blockCount == run.firstBlock
+    {
+      runs[runs.count - 1].blockCount += run.blockCount
+    } else {
+      runs.append(run)
+    }
+  }
+}
+
+/// Finds runs that no working set has. A bit for each block of those that it has seen.
+struct WorkingSetCheck {
+  /// More blocks are not taken: 1 TiB of memory.
+  private var left = 1 << 28
+  private let blockCounts: [Int]
+  private var seen: [BlockSet]
+
+  init(_ regions: [ImageRegion]) {
+    blockCounts = regions.map(\.blockCount)
+    seen = regions.map { _ in BlockSet() }
+  }
+
+  /// Whether the regions have the run's blocks, and none came before.
+  mutating func accepts(_ run: WorkingSetRun) -> Bool {
+    guard blockCounts.indices.contains(run.region), run.firstBlock >= 0, run.blockCount > 0,
+      run.firstBlock <= blockCounts[run.region],
+      run.blockCount <= blockCounts[run.region] - run.firstBlock, run.blockCount <= left
+    else { return false }
+    left -= run.blockCount
+    let blocks = run.firstBlock..<run.firstBlock + run.blockCount
+    guard seen[run.region].count(in: blocks) == 0 else { return false }
+    for block in blocks { seen[run.region].insert(block) }
+    return true
   }
 }
 
@@ -62,6 +82,8 @@ enum WorkingSetSection {
   static let magic: [UInt8] = Array("FLWORKS\n".utf8)
   static let headerLength = 32
   static let entryLength = 16
+  /// Bytes of entries that are in memory at a time.
+  static let pieceLength = 64 << 10
   /// 256 MiB of runs.
   static let mostRuns = 1 << 24
 
@@ -96,19 +118,17 @@ enum WorkingSetSection {
     return (Int(count), checksum)
   }
 
-  static func decodeRuns(_ bytes: [UInt8]) -> [WorkingSetRun] {
+  /// The runs of some entries, until the body wants no more; `false` then.
+  static func decode(_ bytes: [UInt8], _ body: (WorkingSetRun) -> Bool) -> Bool {
     var reader = ByteReader(bytes)
-    var runs: [WorkingSetRun] = []
-    runs.reserveCapacity(bytes.count / entryLength)
     while reader.remaining >= entryLength {
       let region: UInt32 = reader.next()
       let count: UInt32 = reader.next()
       let first: UInt64 = reader.next()
-      runs.append(
-        WorkingSetRun(
-          region: Int(region), firstBlock: Int(truncatingIfNeeded: first),
-          blockCount: Int(count)))
+      let run = WorkingSetRun(
+        region: Int(region), firstBlock: Int(truncatingIfNeeded: first), blockCount: Int(count))
+      guard body(run) else { return false }
     }
-    return runs
+    return true
   }
 }

@@ -114,12 +114,10 @@ extension PagerSession {
   ///   - onEnd: called from the thread, when all is there but what has no right content. Not
   ///     called when the filling or the session is stopped before.
   public func startFill(
-    _ workingSet: [WorkingSetRun] = [], rate: Int? = nil, onEnd: (@Sendable () -> Void)? = nil
+    _ first: ReplayPlan, rate: Int? = nil, onEnd: (@Sendable () -> Void)? = nil
   ) throws(PagerError) {
-    let first = pieces(of: workingSet)
-    let rest = rate == 0 ? [] : allPieces(length: Self.pieceLength)
-    let total = (first + rest).reduce(0) { $0 + $1.bytes }
-    guard background.claim(total: total) else { return }
+    let rest = rate == 0 ? makeReplayPlan() : ReplayPlan(all: regions, stepLength: pagesInStep)
+    guard background.claim(total: first.bytes + rest.bytes) else { return }
     do throws(Errno) {
       let bench = try SendableBench(length: benchLength)
       _ = try NamedThread(name: "fill") {
@@ -135,28 +133,35 @@ extension PagerSession {
     }
   }
 
+  /// The same with a working set, of which the session's pages are brought.
+  public func startFill(
+    _ workingSet: [WorkingSetRun] = [], rate: Int? = nil, onEnd: (@Sendable () -> Void)? = nil
+  ) throws(PagerError) {
+    try startFill(makeReplayPlan(workingSet), rate: rate, onEnd: onEnd)
+  }
+
   /// Ends the filling in the background; what is there stays.
   public func stopFill() { background.stop(patience: options.sourceTimeout) }
 
   private var fillCounters: WorkerSlot { counters[counters.count - 1] }
 
-  private func fillReplaying(_ pieces: [FillPiece], _ bench: borrowing Workbench) -> Bool {
-    isReplaying.store(!pieces.isEmpty, ordering: .relaxed)
+  private func fillReplaying(_ plan: ReplayPlan, _ bench: borrowing Workbench) -> Bool {
+    isReplaying.store(!plan.isEmpty, ordering: .relaxed)
     defer { isReplaying.store(false, ordering: .relaxed) }
-    for piece in pieces {
+    for window in plan.windows {
       guard !isStopping, background.advance(0, .replaying) else { return false }
-      populate(piece.region, piece.pages, bench, fillCounters.counters, isReplay: true)
-      _ = background.advance(piece.bytes, .replaying)
+      populate(window, of: plan, bench, fillCounters.counters, isReplay: true)
+      _ = background.advance(plan.bytes(of: window), .replaying)
     }
     return !isStopping
   }
 
   private func fillRest(
-    _ pieces: [FillPiece], rate: Int, _ bench: borrowing Workbench
+    _ plan: ReplayPlan, rate: Int, _ bench: borrowing Workbench
   ) -> Bool {
     var faults = faultTally
     var due = MonotonicClock.nanoseconds
-    for piece in pieces {
+    for window in plan.windows {
       guard !isStopping, background.advance(0, .filling) else { return false }
       // A guest that faults has the source and the processors to itself, but not for ever.
       for _ in 0..<10 {
@@ -166,11 +171,11 @@ extension PagerSession {
         background.pause(1_000_000)
       }
       let before = fillCounters.counters.populatedPages.load(ordering: .relaxed)
-      populate(piece.region, piece.pages, bench, fillCounters.counters, isReplay: false)
+      populate(window, of: plan, bench, fillCounters.counters, isReplay: false)
       let pages = fillCounters.counters.populatedPages.load(ordering: .relaxed) - before
-      guard background.advance(piece.bytes, .filling), !isStopping else { return false }
+      guard background.advance(plan.bytes(of: window), .filling), !isStopping else { return false }
       guard rate > 0, pages > 0 else { continue }
-      let bytes = Double(pages) * Double(piece.region.pageSize.bytes)
+      let bytes = Double(pages) * Double(regions[Int(window.region)].pageSize.bytes)
       let now = MonotonicClock.nanoseconds
       // Time that was not used is not made up for.
       due = max(due, now &- 100_000_000) + UInt64(bytes / Double(rate) * 1e9)

@@ -23,35 +23,20 @@ extension PagerSession {
   public func populate(
     progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(PagerError) {
-    try fill(allPieces(length: Self.chunkLength), isReplay: false, progress: progress)
+    try fill(
+      ReplayPlan(all: regions) { max(1, Self.chunkLength / $0.pageSize.bytes) }, isReplay: false,
+      progress: progress)
   }
 
-  /// All pages in pieces of so many bytes, or of a page.
-  func allPieces(length: Int) -> [FillPiece] {
-    regions.flatMap { region in
-      let pages = max(1, length / region.pageSize.bytes)
-      return stride(from: 0, to: region.pageCount, by: pages).map { first in
-        FillPiece(region: region, pages: first..<min(first + pages, region.pageCount))
-      }
-    }
-  }
-
-  /// Pages of one region that one thread fills.
-  struct FillPiece {
-    let region: PagedRegion
-    let pages: Range<Int>
-    var bytes: Int { pages.count * region.pageSize.bytes }
-  }
-
-  /// Fills pieces in their order with several threads, each taking the next one.
+  /// Fills the windows of a plan in their order with several threads, each taking the next one.
   ///
   /// - Parameter isReplay: also resolves pages of zeros, and ends when the session is stopped.
   func fill(
-    _ pieces: [FillPiece], isReplay: Bool, progress: (@Sendable (Int, Int) -> Void)?
+    _ plan: ReplayPlan, isReplay: Bool, progress: (@Sendable (Int, Int) -> Void)?
   ) throws(PagerError) {
     isReplaying.store(isReplay, ordering: .relaxed)
     defer { isReplaying.store(false, ordering: .relaxed) }
-    let total = pieces.reduce(0) { $0 + $1.bytes }
+    let total = plan.bytes
     let failed = statistics.failedPages
     let tally = PopulateTally()
     var threads: [ThreadBox] = []
@@ -61,11 +46,10 @@ extension PagerSession {
         let bench = try SendableBench(length: benchLength)
         let thread = try NamedThread(name: "populate\(index)") {
           while !self.hasEnded, !(isReplay && self.isStopping),
-            let piece = tally.next(of: pieces.count).map({ pieces[$0] })
+            let window = tally.next(of: plan.windows.count).map({ plan.windows[$0] })
           {
-            self.populate(
-              piece.region, piece.pages, bench.buffer, slot.counters, isReplay: isReplay)
-            progress?(tally.finish(piece.bytes), total)
+            self.populate(window, of: plan, bench.buffer, slot.counters, isReplay: isReplay)
+            progress?(tally.finish(plan.bytes(of: window)), total)
           }
         }
         threads.append(ThreadBox(thread))
@@ -85,13 +69,23 @@ extension PagerSession {
     }
   }
 
+  /// Fills the wanted pages of a window.
   func populate(
+    _ window: ReplayPlan.Window, of plan: ReplayPlan, _ bench: borrowing Workbench,
+    _ counters: borrowing WorkerCounters, isReplay: Bool
+  ) {
+    var page = window.firstPage
+    while let pages = plan.next(in: window, from: page) {
+      populate(regions[Int(window.region)], pages, bench, counters, isReplay: isReplay)
+      page = pages.upperBound
+    }
+  }
+
+  private func populate(
     _ region: PagedRegion, _ pages: Range<Int>, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, isReplay: Bool
   ) {
-    let size = region.pageSize.bytes
-    // Mapping what a cache has costs less than copying, so more of it fits into a step.
-    let piece = max(1, (region.share == nil ? Self.pieceLength : Self.sharedLength) / size)
+    let piece = pagesInStep(region)
     var page = pages.lowerBound
     // A source may be slow, and a piece have a thousand pages: nobody needs them then.
     while page < pages.upperBound, !hasEnded {

@@ -48,81 +48,38 @@ extension PagerSession {
     return runs
   }
 
-  /// Brings the pages of a working set in its order, those of zeros too: before the guest
+  /// A plan for `replay` and `startFill`, without pages yet.
+  public func makeReplayPlan() -> ReplayPlan { ReplayPlan(regions, stepLength: pagesInStep) }
+
+  /// A plan that has the pages of a working set.
+  func makeReplayPlan(_ runs: [WorkingSetRun]) -> ReplayPlan {
+    var plan = makeReplayPlan()
+    for run in runs { plan.add(run) }
+    return plan
+  }
+
+  /// Brings the pages of a plan in its order, those of zeros too: before the guest
   /// runs, or while it does. Its faults go first, for other threads serve them.
   ///
-  /// Pages that the session does not have are passed over. Ends early when the session is stopped.
-  /// Throws what `populate` throws.
+  /// Ends early when the session is stopped. Throws what `populate` throws.
   ///
   /// - Parameter progress: called from the filling threads with bytes done and bytes in all.
   public func replay(
+    _ plan: ReplayPlan, progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
+  ) throws(PagerError) {
+    // Where one thread ends and another goes on, both decompress the chunk that lies there.
+    try fill(plan.joined(upTo: 1 << 20), isReplay: true, progress: progress)
+  }
+
+  /// Brings the pages of a working set that the session has.
+  public func replay(
     _ runs: [WorkingSetRun], progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(PagerError) {
-    try fill(joined(pieces(of: runs)), isReplay: true, progress: progress)
+    try replay(makeReplayPlan(runs), progress: progress)
   }
 
-  /// The pages of a working set that the session has, in its order, but those that lie within a
-  /// step of each other together: bringing them one by one costs several times as much, and all
-  /// of them are wanted.
-  func pieces(of runs: [WorkingSetRun]) -> [FillPiece] {
-    var isWanted = regions.map { [Bool](repeating: false, count: $0.pageCount) }
-    var isListed = regions.map { region in
-      [Bool](repeating: false, count: region.pageCount / pagesInStep(region) + 1)
-    }
-    var steps: [(region: Int, step: Int)] = []
-    for run in runs {
-      let wanted = run.firstBlock * 4096..<(run.firstBlock + run.blockCount) * 4096
-      for (number, region) in regions.enumerated() where region.sourceRegion == run.region {
-        let size = region.pageSize.bytes
-        let own = region.sourceOffset..<region.sourceOffset + region.host.length
-        let part = wanted.clamped(to: own)
-        guard !part.isEmpty else { continue }
-        let first = (part.lowerBound - own.lowerBound) / size
-        let last = (part.upperBound - own.lowerBound + size - 1) / size
-        for page in first..<last {
-          isWanted[number][page] = true
-          let step = page / pagesInStep(region)
-          if !isListed[number][step] {
-            isListed[number][step] = true
-            steps.append((number, step))
-          }
-        }
-      }
-    }
-    var pieces: [FillPiece] = []
-    for (number, step) in steps {
-      let region = regions[number]
-      let length = pagesInStep(region)
-      var page = step * length
-      let end = min(page + length, region.pageCount)
-      while page < end {
-        let first = page
-        while page < end, isWanted[number][page] { page += 1 }
-        if page > first { pieces.append(FillPiece(region: region, pages: first..<page)) }
-        page += 1
-      }
-    }
-    return pieces
-  }
-
-  /// Pieces that follow each other as one, up to 1 MiB: where one thread ends and another goes on,
-  /// both decompress the chunk that lies there.
-  private func joined(_ pieces: [FillPiece]) -> [FillPiece] {
-    var joined: [FillPiece] = []
-    for piece in pieces {
-      if let last = joined.last, last.region === piece.region,
-        last.pages.upperBound == piece.pages.lowerBound, last.bytes + piece.bytes <= 1 << 20
-      {
-        let pages = last.pages.lowerBound..<piece.pages.upperBound
-        joined[joined.count - 1] = FillPiece(region: last.region, pages: pages)
-      } else {
-        joined.append(piece)
-      }
-    }
-    return joined
-  }
-
-  private func pagesInStep(_ region: PagedRegion) -> Int {
+  /// Mapping what a cache has costs less than copying, so more of it fits into a step.
+  func pagesInStep(_ region: PagedRegion) -> Int {
     max(1, (region.share == nil ? Self.pieceLength : Self.sharedLength) / region.pageSize.bytes)
   }
 }

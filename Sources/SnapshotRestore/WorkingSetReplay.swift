@@ -12,14 +12,15 @@ final class WorkingSetReplay: Sendable {
   /// Begins; `nil` when the image has no sound working set, or there is no thread for it: the
   /// guest's faults bring everything then.
   init?(of image: MemoryImage, _ session: PagerSession<ImageSource>) {
-    guard let set = try? image.workingSet() else { return nil }
-    let runs = set.runs
+    var working = session.makeReplayPlan()
+    guard (try? image.readWorkingSet({ working.add($0) })) == true else { return nil }
+    let plan = working
     guard
       let thread = try? NamedThread(
         name: "replay",
         {
           // Damaged pages are in the session's failures; its end ends this.
-          try? session.replay(runs)
+          try? session.replay(plan)
         })
     else { return nil }
     self.thread = Mutex(thread)

@@ -192,6 +192,12 @@ struct DifferenceTests {
       let start = Int.random(in: -10..<5200, using: &random)
       let range = start..<start + Int.random(in: 0..<3000, using: &random)
       #expect(set.count(in: range) == oracle.count { range.contains($0) })
+      let first = oracle.filter { range.contains($0) }.min()
+      let end = first.map {
+        ($0..<range.upperBound).first { !oracle.contains($0) } ?? range.upperBound
+      }
+      let run = first.flatMap { first in end.map { first..<$0 } }
+      #expect(set.firstRun(in: range) == run)
     }
     var listed: [Range<Int>] = []
     set.forEachRange { listed.append($0) }

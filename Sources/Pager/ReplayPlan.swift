@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import GuestMemory
+internal import LinuxSystem
+public import MemoryImage
+
+/// Which pages of a session are brought, and in which order: `PagerSession.makeReplayPlan`, then
+/// the runs of a working set.
+///
+/// Pages that lie within a step of each other, 256 KiB, are brought together: bringing them one by
+/// one costs several times as much, and all of them are wanted. For each GiB of 4 KiB pages it
+/// takes up to 120 KiB, whatever the order.
+public struct ReplayPlan: Sendable {
+  /// Pages that one thread fills one after the other, but for those that nobody wants.
+  struct Window {
+    let region: Int32
+    var pageCount: Int32
+    let firstPage: Int
+
+    var pages: Range<Int> { firstPage..<firstPage + Int(pageCount) }
+  }
+
+  private struct Part {
+    let sourceRegion: Int
+    let sourceOffset: Int
+    let pageSize: Int
+    let pageCount: Int
+    let stepLength: Int
+    /// Whoever wants all of it has no need for them.
+    var wanted = BlockSet()
+    var steps = BlockSet()
+  }
+
+  private var parts: [Part]
+  private let isAll: Bool
+  /// In their order.
+  private(set) var windows: [Window] = []
+  /// Of the pages that are wanted.
+  private(set) var bytes = 0
+
+  /// A plan without pages.
+  ///
+  /// - Parameter stepLength: pages of a region that are brought together.
+  init(_ regions: [PagedRegion], stepLength: (PagedRegion) -> Int) {
+    isAll = false
+    parts = Self.parts(regions, stepLength)
+  }
+
+  /// All pages, in their order; windows of a step.
+  init(all regions: [PagedRegion], stepLength: (PagedRegion) -> Int) {
+    isAll = true
+    parts = Self.parts(regions, stepLength)
+    for (number, part) in parts.enumerated() {
+      bytes += part.pageCount * part.pageSize
+      for first in stride(from: 0, to: part.pageCount, by: part.stepLength) {
+        append(number, first..<min(first + part.stepLength, part.pageCount))
+      }
+    }
+  }
+
+  private static func parts(
+    _ regions: [PagedRegion], _ stepLength: (PagedRegion) -> Int
+  ) -> [Part] {
+    regions.map { region in
+      Part(
+        sourceRegion: region.sourceRegion, sourceOffset: region.sourceOffset,
+        pageSize: region.pageSize.bytes, pageCount: region.pageCount,
+        stepLength: stepLength(region))
+    }
+  }
+
+  /// Whether there is nothing to bring.
+  public var isEmpty: Bool { windows.isEmpty }
+
+  /// Adds the pages of a run that the session has, where they are not there yet; the others are
+  /// passed over.
+  public mutating func add(_ run: WorkingSetRun) {
+    let wanted = run.firstBlock * 4096..<(run.firstBlock + run.blockCount) * 4096
+    for number in parts.indices where parts[number].sourceRegion == run.region {
+      let part = parts[number]
+      let own = part.sourceOffset..<part.sourceOffset + part.pageCount * part.pageSize
+      let common = wanted.clamped(to: own)
+      guard !common.isEmpty else { continue }
+      let first = (common.lowerBound - own.lowerBound) / part.pageSize
+      let last = (common.upperBound - own.lowerBound + part.pageSize - 1) / part.pageSize
+      for page in first..<last { add(page, number) }
+    }
+  }
+
+  private mutating func add(_ page: Int, _ number: Int) {
+    guard !parts[number].wanted.contains(page) else { return }
+    parts[number].wanted.insert(page)
+    bytes += parts[number].pageSize
+    let length = parts[number].stepLength
+    let step = page / length
+    guard !parts[number].steps.contains(step) else { return }
+    parts[number].steps.insert(step)
+    append(number, step * length..<min((step + 1) * length, parts[number].pageCount))
+  }
+
+  private mutating func append(_ number: Int, _ pages: Range<Int>) {
+    windows.append(
+      Window(region: Int32(number), pageCount: Int32(pages.count), firstPage: pages.lowerBound))
+  }
+
+  /// The same with windows that follow each other as one, up to so many bytes.
+  func joined(upTo limit: Int) -> ReplayPlan {
+    var plan = self
+    plan.windows = []
+    for window in windows {
+      if let last = plan.windows.last, last.region == window.region,
+        last.pages.upperBound == window.firstPage,
+        (last.pages.count + window.pages.count) * parts[Int(last.region)].pageSize <= limit
+      {
+        plan.windows[plan.windows.count - 1].pageCount += window.pageCount
+      } else {
+        plan.windows.append(window)
+      }
+    }
+    return plan
+  }
+
+  /// The first pages in a window that are wanted and follow each other, from one on.
+  func next(in window: Window, from page: Int) -> Range<Int>? {
+    let rest = max(page, window.firstPage)..<max(page, window.pages.upperBound)
+    guard !rest.isEmpty else { return nil }
+    return isAll ? rest : parts[Int(window.region)].wanted.firstRun(in: rest)
+  }
+
+  /// Bytes of a window's pages that are wanted.
+  func bytes(of window: Window) -> Int {
+    let part = parts[Int(window.region)]
+    return (isAll ? window.pages.count : part.wanted.count(in: window.pages)) * part.pageSize
+  }
+}
