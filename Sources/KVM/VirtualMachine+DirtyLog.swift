@@ -116,7 +116,11 @@ extension VirtualMachine {
   }
 
   /// Hands the entries that were harvested back and watches their pages again
-  /// (KVM_RESET_DIRTY_RINGS). Returns how many there were.
+  /// (KVM_RESET_DIRTY_RINGS). Returns how many it handed back.
+  ///
+  /// Since Linux 6.16 these can be fewer than were harvested, even none: a signal that waits for
+  /// the calling thread ends the reset without an error (virt/kvm/dirty_ring.c). The pages of
+  /// the others are not watched until another call has handed them back.
   @discardableResult
   public borrowing func resetDirtyRings() throws(Errno) -> Int {
     try check(clinux_kvm_reset_dirty_rings(descriptor.rawValue, 0))

@@ -115,7 +115,7 @@ public final class DirtyRingTracking: DirtyTracking {
         try? machine.setLogging(false, of: slot)
       }
       try? withRings { rings, machine, state throws(Errno) in try rings.harvest(machine, &state) }
-      rings.state.withLock { $0 = DirtyRings.State() }
+      rings.state.withLock { $0 = DirtyRings.State(outstanding: $0.outstanding) }
       state = State()
     }
   }

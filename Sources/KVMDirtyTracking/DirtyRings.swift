@@ -21,6 +21,8 @@ public final class DirtyRings: Sendable {
     var armed = DirtyBitmap(pageCount: 0)
     /// Harvested, of those that are armed, and not collected.
     var pending = DirtyBitmap(pageCount: 0)
+    /// Entries that were harvested and that KVM has not taken back.
+    var outstanding = 0
   }
 
   private final class Ring: Sendable {
@@ -55,12 +57,12 @@ public final class DirtyRings: Sendable {
   func harvest(
     _ machine: borrowing VirtualMachine, _ state: inout State
   ) throws(Errno) {
-    var count = 0
     for box in rings {
-      count += box.ring.withLock { ring in ring.harvest { note($0, &state) } }
+      state.outstanding += box.ring.withLock { ring in ring.harvest { note($0, &state) } }
     }
-    // Only now are the pages protected again: a write until then is to a page that is noted.
-    if count > 0 { try machine.resetDirtyRings() }
+    // Only now are the pages protected again: a write until then is to a page that is noted. A
+    // signal to this thread ends a reset early, and the next one goes on from there.
+    while state.outstanding > 0 { state.outstanding -= try machine.resetDirtyRings() }
   }
 
   private func note(_ page: DirtyPage, _ state: inout State) {
