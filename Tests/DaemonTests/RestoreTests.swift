@@ -33,10 +33,17 @@ struct RestoreTests {
       ] + arguments)
   }
 
-  /// Has a guest that runs wait, so that it does not come to its end.
-  private func stopWhileItRuns(_ process: CommandProcess, _ service: Service) {
+  /// A guest that runs and then waits, so that it does not come to its end: it has 256 MiB and
+  /// faults for each page of them, for the service records.
+  private func stopWhileItRuns(_ guest: String, in directory: String) throws -> (
+    CommandProcess, Service
+  ) {
+    try save("one", in: directory, ["--guest", guest, "--memory", "256M"])
+    let service = try makeService(in: directory, ["--record"])
+    let process = try restore("one", service, ["--order", "random"])
     #expect(Delay.until { ((try? service.sessions().first?.faults) ?? 0) > 16 })
     process.send(SIGSTOP)
+    return (process, service)
   }
 
   @Test("Several at once find every page right, on each kind of memory", arguments: guests)
@@ -140,10 +147,7 @@ struct RestoreTests {
   @Test("A service that goes away takes the guest with it, in words", arguments: guests)
   func serviceIsKilled(_ guest: String) throws {
     try withTemporaryDirectory { directory in
-      try save("one", in: directory, ["--guest", guest, "--memory", "256M"])
-      let service = try makeService(in: directory)
-      let process = try restore("one", service)
-      stopWhileItRuns(process, service)
+      let (process, service) = try stopWhileItRuns(guest, in: directory)
       service.daemon.send(SIGKILL)
       _ = service.daemon.wait()
       process.send(SIGCONT)
@@ -157,10 +161,7 @@ struct RestoreTests {
   @Test("A guest that is let go of runs on, with all of its memory", arguments: guests)
   func letGo(_ guest: String) throws {
     try withTemporaryDirectory { directory in
-      try save("one", in: directory, ["--guest", guest, "--memory", "256M"])
-      let service = try makeService(in: directory)
-      let process = try restore("one", service)
-      stopWhileItRuns(process, service)
+      let (process, service) = try stopWhileItRuns(guest, in: directory)
       let stopped = try faultline("stop", "1", "--control-socket", service.control)
       #expect(stopped.output == "session 1 is let go of\n", "\(stopped)")
       service.daemon.send(SIGTERM)

@@ -2,7 +2,6 @@
 
 import GuestMemory
 import LinuxSystem
-import Synchronization
 import TestGuest
 import TestSupport
 import Testing
@@ -32,36 +31,6 @@ extension DirtyTrackingTests {
       tracker.stop()
       // Other work on the machine may get in between; faults would cost a hundred times more.
       #expect(try writeTime(subject) < before * 10 + 1_000_000)
-    }
-
-    @Test(
-      "Signals to the thread that collects lose no write", .timeLimit(.minutes(10)),
-      arguments: cases)
-    func signalsLoseNothing(_ kind: TrackingCase) throws {
-      try KickSignal.install()
-      let subject = try Subject(kind)
-      let tracker = try subject.track()
-      try tracker.start()
-      for round in 0..<50 {
-        try subject.write(1024..<1824, seed: UInt64(round))
-        let found = try interrupted { try tracker.collect() }
-        #expect(found.count(in: 1024..<1824) == 800, "in round \(round)")
-      }
-      tracker.stop()
-    }
-
-    /// What a body gives whose thread gets one signal after the other.
-    private func interrupted<Result>(_ body: () throws -> Result) throws -> Result {
-      let thread = NamedThread.currentID
-      let isDone = Atomic<Bool>(false)
-      let kicker = try ThreadHandle.start {
-        while !isDone.load(ordering: .acquiring) { try? KickSignal.send(toThread: thread) }
-      }
-      defer {
-        isDone.store(true, ordering: .releasing)
-        kicker.join()
-      }
-      return try body()
     }
 
     @Test("Tracking leaves no descriptor and no thread behind", .timeLimit(.minutes(10)))
