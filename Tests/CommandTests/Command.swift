@@ -75,10 +75,12 @@ final class Command: Sendable {
     process.arguments = arguments
     process.environment = ProcessInfo.processInfo.environment.merging(environment) { $1 }
     process.standardInput = FileHandle.nullDevice
+    var handles: [FileHandle] = []
     for stream in Stream.allCases {
       let file = directory.appendingPathComponent(stream.rawValue)
       _ = FileManager.default.createFile(atPath: file.path, contents: nil)
       let handle = try FileHandle(forWritingTo: file)
+      handles.append(handle)
       switch stream {
       case .output: process.standardOutput = handle
       case .errors: process.standardError = handle
@@ -86,6 +88,8 @@ final class Command: Sendable {
     }
     process.terminationHandler = { [ended] _ in ended.signal() }
     try launch(process)
+    // Foundation keeps them for as long as this process runs.
+    for handle in handles { try handle.close() }
   }
 
   deinit {

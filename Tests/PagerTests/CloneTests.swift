@@ -83,8 +83,8 @@ struct CloneTests {
     let reads = source.readCount
     let late = try Clone(cache, source: source)
     #expect(late.wrong(0..<blocks).isEmpty)
-    // Only zeros are asked for again.
-    #expect(source.readCount - reads <= blocks / 8)
+    // Only zeros are asked for again, and what a signal lets fault twice.
+    #expect(source.readCount - reads <= blocks / 8 + 8)
     clones.forEach { $0.session.stop() }
   }
 

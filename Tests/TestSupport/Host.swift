@@ -63,8 +63,11 @@ package func openDescriptors(of text: String) -> Int {
 }
 
 /// Starts a process. One at a time: Foundation learns of its end by a socket that it opens just
-/// before, and another process that is started at that moment would keep it open.
+/// before, and another process that is started at that moment would keep it open. So would
+/// the backtracer of a process that crashes and is killed meanwhile, for ever: without one.
 package func launch(_ process: Process) throws {
+  process.environment = (process.environment ?? ProcessInfo.processInfo.environment)
+    .merging(["SWIFT_BACKTRACE": "enable=no"]) { $1 }
   try launching.withLock { _ in try process.run() }
 }
 
