@@ -58,8 +58,8 @@ extension PagerSession {
     return plan
   }
 
-  /// Brings the pages of a plan in its order, those of zeros too: before the guest
-  /// runs, or while it does. Its faults go first, for other threads serve them.
+  /// Brings the pages of a plan that this session made, in its order and those of zeros too:
+  /// before the guest runs, or while it does. Its faults go first, for other threads serve them.
   ///
   /// Ends early when the session is stopped. Throws what `populate` throws.
   ///
