@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -27,12 +28,16 @@ int ctest_fork_and_wait(void) {
 static _Thread_local sigjmp_buf *guard;
 static _Thread_local volatile int guard_code;
 
+static struct sigaction before;
+
 static void on_sigbus(int signal, siginfo_t *info, void *context) {
   (void)context;
   if (!guard) {
-    // Not ours: die of it as usual.
-    struct sigaction action = {.sa_handler = SIG_DFL};
-    sigaction(signal, &action, NULL);
+    // Not ours: die of it as usual, with the address and a backtrace.
+    char text[128];
+    int length = snprintf(text, sizeof text, "SIGBUS at %p, code %d\n", info->si_addr, info->si_code);
+    if (length > 0) (void)!write(STDERR_FILENO, text, (size_t)length);
+    sigaction(signal, &before, NULL);
     return;
   }
   guard_code = info->si_code;
@@ -44,7 +49,7 @@ static void install(void) {
   memset(&action, 0, sizeof action);
   action.sa_sigaction = on_sigbus;
   action.sa_flags = SA_SIGINFO;
-  sigaction(SIGBUS, &action, NULL);
+  sigaction(SIGBUS, &action, &before);
 }
 
 int ctest_guarded_load(uintptr_t address, uint64_t *value) {

@@ -69,7 +69,7 @@ extension Service {
   /// Waits until no session is left and what went with them is closed.
   func isEmpty(descriptors: Int) -> Bool {
     Delay.until {
-      (try? sessions().isEmpty) == true && daemon.count("fd") <= descriptors
+      (try? sessions().isEmpty) == true && daemon.descriptorCount <= descriptors
     }
   }
 }

@@ -21,7 +21,7 @@ struct CloneServiceTests {
   func processes() throws {
     try withTemporaryDirectory { directory in
       let service = try Service(in: directory, handover: "faultline")
-      let descriptors = service.daemon.count("fd")
+      let descriptors = service.daemon.descriptorCount
       let clones = try (0..<3).map { _ in try CloneProcess(service.socket) }
       #expect(try service.sessions().map(\.clone) == [true, true, true])
       for clone in clones { #expect(try clone.ask("verify") == "wrong 0") }
@@ -41,7 +41,7 @@ struct CloneServiceTests {
       for clone in clones { try clone.finish() }
       #expect(try late.ask("verify") == "wrong 0")
       late.kill()
-      #expect(service.isEmpty(descriptors: descriptors), "\(service.daemon.count("fd"))")
+      #expect(service.isEmpty(descriptors: descriptors), "\(service.daemon.descriptorCount)")
       #expect(try service.metric("faultline_caches") == 0)
       #expect(try service.metric("faultline_cache_bytes") == 0)
       #expect(service.daemon.logged(", a clone"))
@@ -112,7 +112,7 @@ struct CloneServiceTests {
   func killed(milliseconds: UInt32) throws {
     try withTemporaryDirectory { directory in
       let service = try Service(in: directory, handover: "faultline")
-      let descriptors = service.daemon.count("fd")
+      let descriptors = service.daemon.descriptorCount
       let other = try CloneProcess(service.socket)
       for _ in 0..<3 {
         let clone = try CloneProcess(service.socket)
@@ -138,7 +138,7 @@ struct CloneServiceTests {
   func opensAndLeaves() throws {
     try withTemporaryDirectory { directory in
       let service = try Service(in: directory, handover: "faultline")
-      let descriptors = service.daemon.count("fd")
+      let descriptors = service.daemon.descriptorCount
       for _ in 0..<4 {
         let image = try OpenedImage(
           from: FilePath(service.socket), name: "looker", timeoutMilliseconds: 60_000)

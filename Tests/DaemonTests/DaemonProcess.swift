@@ -68,6 +68,18 @@ final class DaemonProcess: Sendable {
       ?? -1
   }
 
+  /// Its descriptors, but for the timers that libdispatch opens when it first needs them.
+  var descriptorCount: Int {
+    let directory = "/proc/\(identifier)/fd"
+    guard let names = try? FileManager.default.contentsOfDirectory(atPath: directory) else {
+      return -1
+    }
+    return names.count {
+      (try? FileManager.default.destinationOfSymbolicLink(atPath: "\(directory)/\($0)"))
+        != "anon_inode:[timerfd]"
+    }
+  }
+
   /// Memory of its own, in KiB (VmRSS without files).
   var anonymousKiB: Int {
     guard

@@ -71,9 +71,9 @@ struct MetricsTests {
   @Test("Connections that say nothing take no place for ever, nor descriptors of VMMs")
   func idleConnections() throws {
     try withMetrics { service, port in
-      let before = service.daemon.count("fd")
+      let before = service.daemon.descriptorCount
       let idle = try (0..<60).map { _ in try Peer(port) }
-      #expect(service.daemon.count("fd") <= before + 20)
+      #expect(service.daemon.descriptorCount <= before + 20)
       #expect(try FirecrackerProcess(service.socket).finish() == ServeTests.right)
       withExtendedLifetime(idle) {}
     }

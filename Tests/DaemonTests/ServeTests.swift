@@ -105,7 +105,7 @@ struct ServeTests {
       func settled() -> Bool { (try? service.sessions().isEmpty) == true }
       // Of a daemon that has served nobody yet, but an operator.
       #expect(settled())
-      let before = (service.daemon.count("fd"), service.daemon.count("task"))
+      let before = (service.daemon.descriptorCount, service.daemon.count("task"))
       for number in 0..<10 { try round(number) }
       #expect(Delay.until { settled() })
       // Threads of sources and of ends go a second later.
@@ -113,7 +113,7 @@ struct ServeTests {
       let memory = service.daemon.anonymousKiB
       for number in 0..<(rounds ?? 50) / 2 { try round(number) }
       #expect(Delay.until { settled() })
-      #expect(Delay.until { service.daemon.count("fd") <= before.0 }, "descriptors stay")
+      #expect(Delay.until { service.daemon.descriptorCount <= before.0 }, "descriptors stay")
       #expect(Delay.until { service.daemon.count("task") <= before.1 + 2 }, "threads stay")
       let growth = service.daemon.anonymousKiB - memory
       #expect(growth < 8192, "\(growth) KiB more than \(memory)")

@@ -8,7 +8,9 @@ package enum Delay {
 
   /// Waits until a condition holds; `false` when it does not within the time.
   package static func until(seconds: Double = 60, _ condition: () -> Bool) -> Bool {
-    for _ in 0..<Int(seconds * 1000) {
+    // By the clock: the condition may be a command that takes its time.
+    let end = ContinuousClock.now + .seconds(seconds)
+    while ContinuousClock.now < end {
       if condition() { return true }
       usleep(1000)
     }
