@@ -100,12 +100,34 @@ public struct BlockSet: Sendable, Hashable {
   // MARK: - Adding
 
   /// Adds a block.
-  public mutating func insert(_ block: Int) {
-    precondition(block >= 0)
-    guard !contains(block) else { return }
-    groups[block / Self.group, default: Array(repeating: 0, count: Self.wordsPerGroup)][
-      block % Self.group / 64] |= 1 << UInt64(block % 64)
-    count += 1
+  public mutating func insert(_ block: Int) { insert(block..<block + 1) }
+
+  /// Adds blocks that follow each other.
+  public mutating func insert(_ blocks: Range<Int>) {
+    precondition(blocks.lowerBound >= 0)
+    var block = blocks.lowerBound
+    while block < blocks.upperBound {
+      let group = block / Self.group
+      let end = min((group + 1) * Self.group, blocks.upperBound)
+      count += Self.set(
+        block - group * Self.group..<end - group * Self.group,
+        in: &groups[group, default: Array(repeating: 0, count: Self.wordsPerGroup)])
+      block = end
+    }
+  }
+
+  /// Sets bits of a group; how many were not set before.
+  private static func set(_ bits: Range<Int>, in words: inout [UInt64]) -> Int {
+    var added = 0
+    var bit = bits.lowerBound
+    while bit < bits.upperBound {
+      let next = min((bit / 64 + 1) * 64, bits.upperBound)
+      let mask = (UInt64.max >> UInt64(64 - (next - bit))) << UInt64(bit % 64)
+      added += (mask & ~words[bit / 64]).nonzeroBitCount
+      words[bit / 64] |= mask
+      bit = next
+    }
+    return added
   }
 
   /// Adds blocks of another set.

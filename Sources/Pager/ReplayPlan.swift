@@ -20,12 +20,18 @@ public struct ReplayPlan: Sendable {
     var pages: Range<Int> { firstPage..<firstPage + Int(pageCount) }
   }
 
-  private struct Part {
+  /// Where a region lies. Apart from its pages: whoever looks at it holds no copy of them, and
+  /// adding to them then copies nothing.
+  private struct Extent {
     let sourceRegion: Int
     let sourceOffset: Int
     let pageSize: Int
     let pageCount: Int
     let stepLength: Int
+  }
+
+  private struct Part {
+    let extent: Extent
     /// Whoever wants all of it has no need for them.
     var wanted = BlockSet()
     var steps = BlockSet()
@@ -50,7 +56,7 @@ public struct ReplayPlan: Sendable {
   init(all regions: [PagedRegion], stepLength: (PagedRegion) -> Int) {
     isAll = true
     parts = Self.parts(regions, stepLength)
-    for (number, part) in parts.enumerated() {
+    for (number, part) in parts.map(\.extent).enumerated() {
       bytes += part.pageCount * part.pageSize
       for first in stride(from: 0, to: part.pageCount, by: part.stepLength) {
         append(number, first..<min(first + part.stepLength, part.pageCount))
@@ -63,9 +69,10 @@ public struct ReplayPlan: Sendable {
   ) -> [Part] {
     regions.map { region in
       Part(
-        sourceRegion: region.sourceRegion, sourceOffset: region.sourceOffset,
-        pageSize: region.pageSize.bytes, pageCount: region.pageCount,
-        stepLength: stepLength(region))
+        extent: Extent(
+          sourceRegion: region.sourceRegion, sourceOffset: region.sourceOffset,
+          pageSize: region.pageSize.bytes, pageCount: region.pageCount,
+          stepLength: stepLength(region)))
     }
   }
 
@@ -76,26 +83,27 @@ public struct ReplayPlan: Sendable {
   /// passed over.
   public mutating func add(_ run: WorkingSetRun) {
     let wanted = run.firstBlock * 4096..<(run.firstBlock + run.blockCount) * 4096
-    for number in parts.indices where parts[number].sourceRegion == run.region {
-      let part = parts[number]
+    for number in parts.indices where parts[number].extent.sourceRegion == run.region {
+      let part = parts[number].extent
       let own = part.sourceOffset..<part.sourceOffset + part.pageCount * part.pageSize
       let common = wanted.clamped(to: own)
       guard !common.isEmpty else { continue }
       let first = (common.lowerBound - own.lowerBound) / part.pageSize
       let last = (common.upperBound - own.lowerBound + part.pageSize - 1) / part.pageSize
-      for page in first..<last { add(page, number) }
+      for step in first / part.stepLength...(last - 1) / part.stepLength {
+        let pages = step * part.stepLength..<min((step + 1) * part.stepLength, part.pageCount)
+        add(pages.clamped(to: first..<last), number)
+        guard !parts[number].steps.contains(step) else { continue }
+        parts[number].steps.insert(step)
+        append(number, pages)
+      }
     }
   }
 
-  private mutating func add(_ page: Int, _ number: Int) {
-    guard !parts[number].wanted.contains(page) else { return }
-    parts[number].wanted.insert(page)
-    bytes += parts[number].pageSize
-    let length = parts[number].stepLength
-    let step = page / length
-    guard !parts[number].steps.contains(step) else { return }
-    parts[number].steps.insert(step)
-    append(number, step * length..<min((step + 1) * length, parts[number].pageCount))
+  private mutating func add(_ pages: Range<Int>, _ number: Int) {
+    let before = parts[number].wanted.count
+    parts[number].wanted.insert(pages)
+    bytes += (parts[number].wanted.count - before) * parts[number].extent.pageSize
   }
 
   private mutating func append(_ number: Int, _ pages: Range<Int>) {
@@ -110,7 +118,7 @@ public struct ReplayPlan: Sendable {
     for window in windows {
       if let last = plan.windows.last, last.region == window.region,
         last.pages.upperBound == window.firstPage,
-        (last.pages.count + window.pages.count) * parts[Int(last.region)].pageSize <= limit
+        (last.pages.count + window.pages.count) * parts[Int(last.region)].extent.pageSize <= limit
       {
         plan.windows[plan.windows.count - 1].pageCount += window.pageCount
       } else {
@@ -130,6 +138,6 @@ public struct ReplayPlan: Sendable {
   /// Bytes of a window's pages that are wanted.
   func bytes(of window: Window) -> Int {
     let part = parts[Int(window.region)]
-    return (isAll ? window.pages.count : part.wanted.count(in: window.pages)) * part.pageSize
+    return (isAll ? window.pages.count : part.wanted.count(in: window.pages)) * part.extent.pageSize
   }
 }

@@ -185,6 +185,11 @@ struct DifferenceTests {
         if Bool.random(using: &random) { set.insert(block) } else { other.insert(block) }
         oracle.insert(block)
       }
+      // Many at once, of which some are there.
+      let whole = Int.random(in: 0..<5000, using: &random)
+      let many = whole..<whole + Int.random(in: 0...1300, using: &random) / 8
+      set.insert(many)
+      oracle.formUnion(many)
     }
     set.formUnion(other)
     #expect(set.count == oracle.count)
