@@ -101,12 +101,15 @@ final class GuestSession: Sendable {
         plan = pager.makeReplayPlan()
         log.warning("the image's working set is not used: \(error)")
       }
+      // Reading and checking it took more than what is kept of it.
+      if !plan.isEmpty { Heap.trim() }
     }
     guard rate != 0 || !plan.isEmpty else { return }
     try pager.startFill(plan, rate: rate) { [weak self] in self?.hasFilled(rate: rate) }
   }
 
   private func hasFilled(rate: Int?) {
+    Heap.trim()
     guard rate != 0 else { return }
     log.info("all pages are filled")
     connection?.push(.filled)

@@ -118,11 +118,13 @@ extension PagerSession {
   ) throws(PagerError) {
     let rest = rate == 0 ? makeReplayPlan() : ReplayPlan(all: regions, stepLength: pagesInStep)
     guard background.claim(total: first.bytes + rest.bytes) else { return }
+    // Its memory goes when it is done, and not when all is.
+    let first = PlanBox(first)
     do throws(Errno) {
       let bench = try SendableBench(length: benchLength)
       _ = try NamedThread(name: "fill") {
         let isDone =
-          self.fillReplaying(first, bench.buffer)
+          self.fillReplaying(first.take(), bench.buffer)
           && self.fillRest(rest, rate: rate ?? 0, bench.buffer)
         self.background.finish(isDone ? .done : .idle)
         if isDone { onEnd?() }
@@ -148,7 +150,7 @@ extension PagerSession {
   private func fillReplaying(_ plan: ReplayPlan, _ bench: borrowing Workbench) -> Bool {
     isReplaying.store(!plan.isEmpty, ordering: .relaxed)
     defer { isReplaying.store(false, ordering: .relaxed) }
-    for window in plan.windows {
+    for window in (0..<plan.windowCount).lazy.map(plan.window) {
       guard !isStopping, background.advance(0, .replaying) else { return false }
       populate(window, of: plan, bench, fillCounters.counters, isReplay: true)
       _ = background.advance(plan.bytes(of: window), .replaying)
@@ -161,7 +163,7 @@ extension PagerSession {
   ) -> Bool {
     var faults = faultTally
     var due = MonotonicClock.nanoseconds
-    for window in plan.windows {
+    for window in (0..<plan.windowCount).lazy.map(plan.window) {
       guard !isStopping, background.advance(0, .filling) else { return false }
       // A guest that faults has the source and the processors to itself, but not for ever.
       for _ in 0..<10 {
@@ -175,7 +177,7 @@ extension PagerSession {
       let pages = fillCounters.counters.populatedPages.load(ordering: .relaxed) - before
       guard background.advance(plan.bytes(of: window), .filling), !isStopping else { return false }
       guard rate > 0, pages > 0 else { continue }
-      let bytes = Double(pages) * Double(regions[Int(window.region)].pageSize.bytes)
+      let bytes = Double(pages) * Double(regions[window.region].pageSize.bytes)
       let now = MonotonicClock.nanoseconds
       // Time that was not used is not made up for.
       due = max(due, now &- 100_000_000) + UInt64(bytes / Double(rate) * 1e9)
@@ -193,5 +195,16 @@ extension PagerSession {
         &+ slot.counters.minorFaults.load(ordering: .relaxed)
         &+ slot.counters.stageTwoFaults.load(ordering: .relaxed)
     }
+  }
+}
+
+/// A plan that is handed to a thread, and kept by nobody else.
+private final class PlanBox: Sendable {
+  private let plan: Mutex<ReplayPlan?>
+  init(_ plan: ReplayPlan) { self.plan = Mutex(plan) }
+
+  func take() -> ReplayPlan {
+    guard let plan = plan.withLock({ $0.take() }) else { fatalError("a plan is taken once") }
+    return plan
   }
 }

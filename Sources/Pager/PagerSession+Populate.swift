@@ -46,7 +46,7 @@ extension PagerSession {
         let bench = try SendableBench(length: benchLength)
         let thread = try NamedThread(name: "populate\(index)") {
           while !self.hasEnded, !(isReplay && self.isStopping),
-            let window = tally.next(of: plan.windows.count).map({ plan.windows[$0] })
+            let window = tally.next(of: plan.windowCount).map(plan.window)
           {
             self.populate(window, of: plan, bench.buffer, slot.counters, isReplay: isReplay)
             progress?(tally.finish(plan.bytes(of: window)), total)
@@ -74,9 +74,9 @@ extension PagerSession {
     _ window: ReplayPlan.Window, of plan: ReplayPlan, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, isReplay: Bool
   ) {
-    var page = window.firstPage
+    var page = window.pages.lowerBound
     while let pages = plan.next(in: window, from: page) {
-      populate(regions[Int(window.region)], pages, bench, counters, isReplay: isReplay)
+      populate(regions[window.region], pages, bench, counters, isReplay: isReplay)
       page = pages.upperBound
     }
   }

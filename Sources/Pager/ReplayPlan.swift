@@ -9,15 +9,25 @@ public import MemoryImage
 ///
 /// Pages that lie within a step of each other, 256 KiB, are brought together: bringing them one by
 /// one costs several times as much, and all of them are wanted. For each GiB of 4 KiB pages it
-/// takes up to 120 KiB, whatever the order.
+/// takes up to 110 KiB, whatever the order.
 public struct ReplayPlan: Sendable {
   /// Pages that one thread fills one after the other, but for those that nobody wants.
   struct Window {
-    let region: Int32
-    var pageCount: Int32
-    let firstPage: Int
+    private let number: UInt32
+    private let firstPage: UInt32
+    private var pageCount: UInt32
 
-    var pages: Range<Int> { firstPage..<firstPage + Int(pageCount) }
+    init(region: Int, pages: Range<Int>) {
+      number = UInt32(region)
+      firstPage = UInt32(pages.lowerBound)
+      pageCount = UInt32(pages.count)
+    }
+
+    var region: Int { Int(number) }
+    var pages: Range<Int> { Int(firstPage)..<Int(firstPage) + Int(pageCount) }
+
+    /// With the pages of one that follows it.
+    mutating func append(_ next: Window) { pageCount += next.pageCount }
   }
 
   /// Where a region lies. Apart from its pages: whoever looks at it holds no copy of them, and
@@ -28,6 +38,12 @@ public struct ReplayPlan: Sendable {
     let pageSize: Int
     let pageCount: Int
     let stepLength: Int
+
+    var stepCount: Int { (pageCount + stepLength - 1) / stepLength }
+
+    func pages(ofStep step: Int) -> Range<Int> {
+      step * stepLength..<min((step + 1) * stepLength, pageCount)
+    }
   }
 
   private struct Part {
@@ -39,8 +55,8 @@ public struct ReplayPlan: Sendable {
 
   private var parts: [Part]
   private let isAll: Bool
-  /// In their order.
-  private(set) var windows: [Window] = []
+  /// In their order; of a plan that wants all they are not kept but calculated.
+  private var windows: [Window] = []
   /// Of the pages that are wanted.
   private(set) var bytes = 0
 
@@ -56,12 +72,7 @@ public struct ReplayPlan: Sendable {
   init(all regions: [PagedRegion], stepLength: (PagedRegion) -> Int) {
     isAll = true
     parts = Self.parts(regions, stepLength)
-    for (number, part) in parts.map(\.extent).enumerated() {
-      bytes += part.pageCount * part.pageSize
-      for first in stride(from: 0, to: part.pageCount, by: part.stepLength) {
-        append(number, first..<min(first + part.stepLength, part.pageCount))
-      }
-    }
+    bytes = parts.reduce(0) { $0 + $1.extent.pageCount * $1.extent.pageSize }
   }
 
   private static func parts(
@@ -77,7 +88,24 @@ public struct ReplayPlan: Sendable {
   }
 
   /// Whether there is nothing to bring.
-  public var isEmpty: Bool { windows.isEmpty }
+  public var isEmpty: Bool { windowCount == 0 }
+
+  /// How many windows there are.
+  var windowCount: Int {
+    isAll ? parts.reduce(0) { $0 + $1.extent.stepCount } : windows.count
+  }
+
+  /// A window, counted from 0.
+  func window(_ index: Int) -> Window {
+    guard isAll else { return windows[index] }
+    var step = index
+    var region = 0
+    while step >= parts[region].extent.stepCount {
+      step -= parts[region].extent.stepCount
+      region += 1
+    }
+    return Window(region: region, pages: parts[region].extent.pages(ofStep: step))
+  }
 
   /// Adds the pages of a run that the session has, where they are not there yet; the others are
   /// passed over.
@@ -91,11 +119,11 @@ public struct ReplayPlan: Sendable {
       let first = (common.lowerBound - own.lowerBound) / part.pageSize
       let last = (common.upperBound - own.lowerBound + part.pageSize - 1) / part.pageSize
       for step in first / part.stepLength...(last - 1) / part.stepLength {
-        let pages = step * part.stepLength..<min((step + 1) * part.stepLength, part.pageCount)
+        let pages = part.pages(ofStep: step)
         add(pages.clamped(to: first..<last), number)
         guard !parts[number].steps.contains(step) else { continue }
         parts[number].steps.insert(step)
-        append(number, pages)
+        windows.append(Window(region: number, pages: pages))
       }
     }
   }
@@ -106,21 +134,16 @@ public struct ReplayPlan: Sendable {
     bytes += (parts[number].wanted.count - before) * parts[number].extent.pageSize
   }
 
-  private mutating func append(_ number: Int, _ pages: Range<Int>) {
-    windows.append(
-      Window(region: Int32(number), pageCount: Int32(pages.count), firstPage: pages.lowerBound))
-  }
-
   /// The same with windows that follow each other as one, up to so many bytes.
   func joined(upTo limit: Int) -> ReplayPlan {
     var plan = self
     plan.windows = []
     for window in windows {
       if let last = plan.windows.last, last.region == window.region,
-        last.pages.upperBound == window.firstPage,
-        (last.pages.count + window.pages.count) * parts[Int(last.region)].extent.pageSize <= limit
+        last.pages.upperBound == window.pages.lowerBound,
+        (last.pages.count + window.pages.count) * parts[last.region].extent.pageSize <= limit
       {
-        plan.windows[plan.windows.count - 1].pageCount += window.pageCount
+        plan.windows[plan.windows.count - 1].append(window)
       } else {
         plan.windows.append(window)
       }
@@ -130,14 +153,14 @@ public struct ReplayPlan: Sendable {
 
   /// The first pages in a window that are wanted and follow each other, from one on.
   func next(in window: Window, from page: Int) -> Range<Int>? {
-    let rest = max(page, window.firstPage)..<max(page, window.pages.upperBound)
+    let rest = max(page, window.pages.lowerBound)..<max(page, window.pages.upperBound)
     guard !rest.isEmpty else { return nil }
-    return isAll ? rest : parts[Int(window.region)].wanted.firstRun(in: rest)
+    return isAll ? rest : parts[window.region].wanted.firstRun(in: rest)
   }
 
   /// Bytes of a window's pages that are wanted.
   func bytes(of window: Window) -> Int {
-    let part = parts[Int(window.region)]
+    let part = parts[window.region]
     return (isAll ? window.pages.count : part.wanted.count(in: window.pages)) * part.extent.pageSize
   }
 }

@@ -12,6 +12,7 @@
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <linux/memfd.h>
+#include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -154,6 +155,7 @@ static inline long clinux_madvise(uintptr_t address, size_t length, int advice) 
 static inline long clinux_eventfd(unsigned initial, int flags) {
   return clinux_result(eventfd(initial, flags));
 }
+static inline void clinux_heap_trim(void) { malloc_trim(0); }
 static inline long clinux_epoll_create(void) {
   return clinux_result(epoll_create1(EPOLL_CLOEXEC));
 }
