@@ -96,6 +96,26 @@ public struct GuestMemoryObject: ~Copyable, Sendable {
       backing: pageSize == .size4KiB ? .memfd : .hugetlb(pageSize), mapping: mapping, file: nil)
   }
 
+  /// Private memory of huge pages, each of which the kernel takes from the pool when it is
+  /// touched (MAP_NORESERVE), as Firecracker has it: a touch of an empty pool raises SIGBUS.
+  ///
+  /// - Parameter length: bytes, a multiple of the page size.
+  public init(unreservedHugePages length: Int, pageSize: PageSize) throws(Errno) {
+    let mapping = try Mapping(anonymousHugePages: length, pageSize: pageSize, reserved: false)
+    self.init(backing: .hugetlb(pageSize), mapping: mapping, file: nil)
+  }
+
+  /// A memory object that somebody else made, mapped whole and shared.
+  ///
+  /// - Parameter reserved: see `Mapping.init(of:offset:length:sharing:writable:reserved:)`.
+  public init(sharing file: consuming MemoryFile, reserved: Bool) throws(Errno) {
+    let mapping = try Mapping(
+      of: file.descriptor, length: file.length, sharing: .shared, reserved: reserved)
+    let pageSize = file.pageSize
+    self.init(
+      backing: pageSize == .size4KiB ? .memfd : .hugetlb(pageSize), mapping: mapping, file: file)
+  }
+
   private init(
     backing: MemoryBacking, mapping: consuming Mapping, file: consuming MemoryFile?
   ) {

@@ -63,10 +63,15 @@ public struct Mapping: ~Copyable, @unchecked Sendable {
 
   /// Anonymous memory backed by huge pages of the given size (MAP_HUGETLB).
   ///
-  /// Throws `Errno.noMemory` when the pool has too few free pages.
-  public init(anonymousHugePages length: Int, pageSize: PageSize) throws(Errno) {
+  /// - Parameter reserved: `true` has the kernel set all pages aside now: `Errno.noMemory` when
+  ///   the pool has too few. `false` (MAP_NORESERVE, as Firecracker has it) takes each when it is
+  ///   touched, and a touch of an empty pool raises SIGBUS.
+  public init(
+    anonymousHugePages length: Int, pageSize: PageSize, reserved: Bool = true
+  ) throws(Errno) {
     let order = CInt(pageSize.rawValue.trailingZeroBitCount) << 26  // MAP_HUGE_SHIFT
-    let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | order
+    let flags =
+      MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | order | (reserved ? 0 : MAP_NORESERVE)
     let start = try check(
       clinux_mmap(nil, length, PROT_READ | PROT_WRITE, flags, -1, 0))
     range = HostRange(start: HostAddress(UInt64(start)), length: length)

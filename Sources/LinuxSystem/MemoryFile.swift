@@ -48,13 +48,17 @@ public struct MemoryFile: ~Copyable, Sendable {
     _ = try check(clinux_fchmod(descriptor.rawValue, 0o600))
   }
 
-  /// Takes over an object with pages of 4 KiB, such as a guest_memfd.
+  /// Takes over an object, such as a guest_memfd.
   ///
-  /// - Parameter length: of the object in bytes; a multiple of 4 KiB.
-  public init(adopting descriptor: consuming OwnedDescriptor, length: Int) {
+  /// - Parameters:
+  ///   - length: of the object in bytes; a multiple of its page size.
+  ///   - pageSize: of the object.
+  public init(
+    adopting descriptor: consuming OwnedDescriptor, length: Int, pageSize: PageSize = .size4KiB
+  ) {
     self.descriptor = descriptor
     self.length = length
-    pageSize = .size4KiB
+    self.pageSize = pageSize
   }
 
   /// Frees the pages of a range; they read as zero afterwards. No userfaultfd

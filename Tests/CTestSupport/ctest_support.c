@@ -3,6 +3,7 @@
 #include "CTestSupport.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -13,6 +14,7 @@
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -87,6 +89,30 @@ int ctest_mount_private_tmpfs(const char *path, const char *options) {
   // Or the mount would show outside as well.
   if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0) return errno;
   return mount("none", path, "tmpfs", 0, options) == 0 ? 0 : errno;
+}
+
+int ctest_mount_hugetlbfs(const char *size, const char *page_size) {
+  int context = fsopen("hugetlbfs", FSOPEN_CLOEXEC);
+  if (context < 0) return -errno;
+  int mounted = -1;
+  if (fsconfig(context, FSCONFIG_SET_STRING, "size", size, 0) == 0 &&
+      fsconfig(context, FSCONFIG_SET_STRING, "pagesize", page_size, 0) == 0 &&
+      fsconfig(context, FSCONFIG_CMD_CREATE, NULL, NULL, 0) == 0) {
+    mounted = fsmount(context, FSMOUNT_CLOEXEC, 0);
+  }
+  if (mounted < 0) mounted = -errno;
+  close(context);
+  return mounted;
+}
+
+int ctest_make_file(int directory, const char *name) {
+  int file = openat(directory, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+  return file < 0 ? -errno : file;
+}
+
+long ctest_free_blocks(int file) {
+  struct statfs status;
+  return fstatfs(file, &status) == 0 ? (long)status.f_bfree : -errno;
 }
 
 enum { MAX_DESCRIPTORS = 253 };

@@ -2,8 +2,9 @@
 
 // A Firecracker as a handler sees it, in a process of its own: hands over its memory,
 // touches it all, gives pages back, and says what was wrong.
-// Usage: fake-firecracker SOCKET REGIONS PAGES PAGE-SIZE NAMING PIECE
+// Usage: fake-firecracker SOCKET REGIONS PAGES PAGE-SIZE NAMING PIECE [MEMORY]
 //
+// MEMORY is `reserved` (if not given), `unreserved`, or the path of a file of a hugetlbfs.
 // It exits when its standard input ends.
 
 import Foundation
@@ -13,16 +14,23 @@ import TestSupport
 import Userfault
 
 let arguments = CommandLine.arguments
-guard arguments.count == 7, let regions = Int(arguments[2]), let pages = Int(arguments[3]),
+guard (7...8).contains(arguments.count), let regions = Int(arguments[2]),
+  let pages = Int(arguments[3]),
   let pageSize = Int(arguments[4]).flatMap(PageSize.init(rawValue:)),
   let naming = FakeFirecracker.Naming(rawValue: arguments[5]), let piece = Int(arguments[6])
 else {
-  fatalError("usage: fake-firecracker SOCKET REGIONS PAGES PAGE-SIZE NAMING PIECE")
+  fatalError("usage: fake-firecracker SOCKET REGIONS PAGES PAGE-SIZE NAMING PIECE [MEMORY]")
 }
+let memory: FakeFirecracker.Memory =
+  switch arguments.dropFirst(7).first {
+  case .none, "reserved": .reserved
+  case "unreserved": .unreserved
+  case .some(let path): .file(FilePath(path))
+  }
 /// All that it does; throws where the other side is not what it should be.
 func run() throws {
   let firecracker = try FakeFirecracker(
-    regions: regions, pages: pages, pageSize: pageSize, naming: naming)
+    regions: regions, pages: pages, pageSize: pageSize, naming: naming, memory: memory)
   let socket = try UnixSocket(connectingTo: FilePath(arguments[1]))
   try firecracker.send(on: socket, piece: piece)
   print("sent")

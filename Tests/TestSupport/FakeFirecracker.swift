@@ -3,7 +3,7 @@
 import Glibc
 package import LinuxSystem
 import Synchronization
-import SystemPackage
+package import SystemPackage
 package import Userfault
 
 /// The sending side of Firecracker's hand-over, as `docs/firecracker.md` has it: memory of
@@ -21,6 +21,16 @@ package final class FakeFirecracker: Sendable {
     case size
   }
 
+  /// What its memory is made of.
+  package enum Memory: Sendable {
+    /// Anonymous; pages are set aside when it is mapped.
+    case reserved
+    /// Anonymous, MAP_NORESERVE: as the real one has it.
+    case unreserved
+    /// A file, mapped MAP_PRIVATE|MAP_NORESERVE: one of `SmallHugePagePool`, which can be empty.
+    case file(FilePath)
+  }
+
   private final class Region: Sendable {
     let mapping: Mapping
     init(_ mapping: consuming Mapping) { self.mapping = mapping }
@@ -33,21 +43,36 @@ package final class FakeFirecracker: Sendable {
 
   /// Memory of some regions, all of a length; nobody serves it yet.
   package init(
-    regions count: Int, pages: Int, pageSize: PageSize = .size4KiB, naming: Naming = .both
+    regions count: Int, pages: Int, pageSize: PageSize = .size4KiB, naming: Naming = .both,
+    memory: Memory = .reserved
   ) throws {
     // What Firecracker asks for, and no more.
     let userfaultfd = try Userfaultfd(requiring: .removeEvents)
-    regions = try (0..<count).map { _ in
-      let length = pages * pageSize.bytes
+    regions = try (0..<count).map { number in
       let region = Region(
-        try pageSize == .size4KiB
-          ? Mapping(anonymous: length) : Mapping(anonymousHugePages: length, pageSize: pageSize))
+        try Self.map(memory, offset: number, length: pages * pageSize.bytes, pageSize: pageSize))
       try userfaultfd.register(region.mapping.range, modes: .missing)
       return region
     }
     self.userfaultfd = userfaultfd
     self.pageSize = pageSize
     self.naming = naming
+  }
+
+  private static func map(
+    _ memory: Memory, offset number: Int, length: Int, pageSize: PageSize
+  ) throws -> Mapping {
+    switch memory {
+    case .file(let path):
+      let file = try OwnedDescriptor(openingForUpdate: path)
+      return try Mapping(of: file, offset: number * length, length: length, sharing: .private)
+    case .reserved where pageSize != .size4KiB:
+      return try Mapping(anonymousHugePages: length, pageSize: pageSize)
+    case .unreserved where pageSize != .size4KiB:
+      return try Mapping(anonymousHugePages: length, pageSize: pageSize, reserved: false)
+    case .reserved, .unreserved:
+      return try Mapping(anonymous: length)
+    }
   }
 
   /// Where the regions lie; the memory file has them in this order.

@@ -40,14 +40,25 @@ package final class ServedMemory: Sendable {
   package let source: PatternSource
   package let session: PagerSession<PatternSource>
 
-  package init(
+  package convenience init(
     _ kind: MemoryCase, pages: Int, source: PatternSource = PatternSource(), threads: Int = 2,
     without features: UserfaultFeatures = [], faultAround: FaultAround = .adaptive,
     pool: PagerPool? = nil, start: Bool = true
   ) throws {
-    let memory = try GuestMemoryObject(
-      backing: kind.backing, length: pages * kind.backing.pageSize.bytes)
-    region = try PagedRegion(memory, mode: kind.mode)
+    try self.init(
+      GuestMemoryObject(backing: kind.backing, length: pages * kind.backing.pageSize.bytes),
+      mode: kind.mode, source: source, threads: threads, without: features,
+      faultAround: faultAround, pool: pool, start: start)
+  }
+
+  /// The same over memory that a test made, such as some of a `SmallHugePagePool`.
+  package init(
+    _ memory: consuming GuestMemoryObject, mode: ResolutionMode,
+    source: PatternSource = PatternSource(), threads: Int = 2,
+    without features: UserfaultFeatures = [], faultAround: FaultAround = .adaptive,
+    pool: PagerPool? = nil, start: Bool = true
+  ) throws {
+    region = try PagedRegion(memory, mode: mode)
     self.memory = memory
     self.source = source
     let wanted = PagerSession<PatternSource>.features.wanted.subtracting(features)

@@ -15,10 +15,14 @@ package final class SharedMemoryVMM: Sendable {
   /// - Parameters:
   ///   - pages: of its memory.
   ///   - offset: pages of the file before those of its memory.
-  package init(pages: Int, pageSize: PageSize = .size4KiB, offset: Int = 0) throws {
+  ///   - pool: where a file of 2 MiB pages comes from, if not from the machine's pool.
+  package init(
+    pages: Int, pageSize: PageSize = .size4KiB, offset: Int = 0, pool: SmallHugePagePool? = nil
+  ) throws {
     let unit = pageSize.bytes
-    let file = try MemoryFile(
-      name: "vmm-memory", length: (offset + pages) * unit, pageSize: pageSize)
+    let file =
+      try pool?.makeFile(pages: offset + pages)
+      ?? MemoryFile(name: "vmm-memory", length: (offset + pages) * unit, pageSize: pageSize)
     let mapping = try Mapping(
       of: file.descriptor, offset: offset * unit, length: pages * unit, sharing: .shared)
     let userfaultfd = try Userfaultfd(

@@ -19,7 +19,8 @@ private final class FirecrackerProcess: Sendable {
   private let output = Pipe()
 
   init(
-    _ directory: String, regions: Int, pages: Int, pageSize: PageSize = .size4KiB, piece: Int = 50
+    _ directory: String, regions: Int, pages: Int, pageSize: PageSize = .size4KiB, piece: Int = 50,
+    memory: String = "reserved"
   ) throws {
     let path = directory + "/socket"
     let listener = try UnixListener(path: FilePath(path))
@@ -27,7 +28,7 @@ private final class FirecrackerProcess: Sendable {
     let process = Process()
     process.executableURL = builtProduct("fake-firecracker")
     process.arguments = [
-      path, "\(regions)", "\(pages)", "\(pageSize.bytes)", "both", "\(piece)",
+      path, "\(regions)", "\(pages)", "\(pageSize.bytes)", "both", "\(piece)", memory,
     ]
     process.standardInput = input
     process.standardOutput = output
@@ -66,6 +67,29 @@ struct FirecrackerProcessTests {
       let session = try makeSession(handover, image)
       try session.start()
       #expect(try firecracker.finish() == ["sent", "wrong 0", "not zero 0"])
+      #expect(Delay.until { session.hasEnded })
+      session.release()
+    }
+  }
+
+  @Test(
+    "Huge pages that are not reserved are served like others, from either pool",
+    .enabled(if: SmallHugePagePool.isAvailable, "needs root and 16 free pages of 2 MiB"),
+    arguments: [false, true])
+  func servesUnreserved(hasOwnPool: Bool) throws {
+    try withTemporaryDirectory { directory in
+      let image = try makePatternImage(
+        directory + "/image", regions: imageRegions([4 * 512], pageSize: .size2MiB))
+      let pool = try SmallHugePagePool(pages: 4)
+      let file = try pool.makeFile(pages: 4)
+      let firecracker = try FirecrackerProcess(
+        directory, regions: 2, pages: 2, pageSize: .size2MiB,
+        memory: hasOwnPool ? SmallHugePagePool.path(of: file).string : "unreserved")
+      let handover = try FirecrackerHandover.receive(on: firecracker.socket)
+      let session = try makeSession(handover, image)
+      try session.start()
+      #expect(try firecracker.finish() == ["sent", "wrong 0", "not zero 0"])
+      #expect(pool.freePages == 4, "the process has ended, and its pages were private")
       #expect(Delay.until { session.hasEnded })
       session.release()
     }

@@ -30,6 +30,16 @@ void ctest_unmap(uintptr_t address, uintptr_t length);
 /// (unshare(2), CLONE_NEWNS); it is gone with the last of them. Returns 0 or the errno.
 int ctest_mount_private_tmpfs(const char *path, const char *options);
 
+/// Makes a hugetlbfs that is mounted nowhere (fsmount(2)): it is gone with the last descriptor and
+/// mapping of its files. Returns a descriptor of its root, or the negated errno.
+int ctest_mount_hugetlbfs(const char *size, const char *page_size);
+
+/// Makes an empty file in a directory; its descriptor, or the negated errno.
+int ctest_make_file(int directory, const char *name);
+
+/// Free blocks of the filesystem of a file (fstatfs(2)), or the negated errno.
+long ctest_free_blocks(int file);
+
 /// Sends bytes with one descriptor many times over, up to 253 (SCM_RIGHTS). Returns the
 /// bytes that were sent, or -1.
 long ctest_send_descriptor_copies(int socket, const void *bytes, size_t length, int descriptor,
