@@ -50,7 +50,10 @@ final class Attachment: Sendable {
       registry.noteHandover("accepted")
     } catch {
       registry.noteHandover(error.code.name)
-      log.warning("\(error)", metadata: ["socket": "\(configuration.socket)"])
+      var metadata: Logger.Metadata = ["socket": "\(configuration.socket)"]
+      // Its lines are counted as that user's.
+      if let peer = error.peer { metadata["uid"] = "\(peer.userID)" }
+      log.warning("\(error)", metadata: metadata)
     }
   }
 
@@ -254,7 +257,7 @@ final class Attachment: Sendable {
       metadata: [
         "session": "\(session.id)", "image": "\(session.image.path)",
         "bytes": "\(session.bytes)",
-      ])
+      ], source: Logger.lifeCycle)
     session.connection?.accept(session: session.id)
     do throws(Errno) {
       try supervisor.watch(session)

@@ -20,17 +20,19 @@ final class ControlService: Sendable {
   private let images: ImageRegistry
   private let caches: ImageCaches
   private let supervisor: Supervisor
+  private let logWriter: LogWriter
   private let log: Logger
   let isDraining = Atomic<Bool>(false)
 
   init(
     _ registry: SessionRegistry, _ images: ImageRegistry, _ caches: ImageCaches,
-    _ supervisor: Supervisor, log: Logger
+    _ supervisor: Supervisor, _ logWriter: LogWriter, log: Logger
   ) {
     self.registry = registry
     self.images = images
     self.caches = caches
     self.supervisor = supervisor
+    self.logWriter = logWriter
     self.log = log
   }
 
@@ -40,7 +42,7 @@ final class ControlService: Sendable {
     case "/metrics":
       return PlainAnswer(
         contentType: MetricsText.contentType,
-        body: MetricsText(registry, images: images.count, caches).text)
+        body: MetricsText(registry, images: images.count, caches, logWriter.dropped).text)
     case "/v1/health", "/health":
       let isDraining = isDraining.load(ordering: .acquiring)
       let health = ControlMessage.Health(

@@ -22,6 +22,7 @@ public final class Daemon {
   }
 
   private let configuration: DaemonConfiguration
+  private let logWriter: LogWriter
   private let log: Logger
   private var manager: ServiceManager
   private let registry = SessionRegistry()
@@ -35,20 +36,25 @@ public final class Daemon {
   private var metrics: MetricsServer?
   private var controlPath: String?
 
+  /// What the log's thread gets at the end for lines that wait, in milliseconds.
+  private static var flushTime: UInt64 { 2000 }
+
   /// Prepares a service; nothing is listened on before `run`.
   ///
   /// Call it before there are other threads: signals are blocked in all that come later.
   public init(_ configuration: DaemonConfiguration, environment: [String: String]) throws {
     Signals.block()
     self.configuration = configuration
-    log = Logger(configuration, environment: environment)
+    logWriter = try LogWriter(
+      LogText(format: configuration.logFormat, hasTime: environment["JOURNAL_STREAM"] == nil))
+    log = Logger(configuration, logWriter)
     manager = ServiceManager(environment: environment)
     Limits.raiseOpenFiles()
     pool = try PagerPool(
       threads: configuration.faultThreads, capacity: configuration.maximumSessions)
     supervisor = try Supervisor(registry, log: log)
     caches = ImageCaches(limit: configuration.cacheLimit)
-    control = ControlService(registry, images, caches, supervisor, log: log)
+    control = ControlService(registry, images, caches, supervisor, logWriter, log: log)
   }
 
   /// Serves until SIGTERM or SIGINT, then drains. Blocks the calling thread.
@@ -200,6 +206,7 @@ public final class Daemon {
       supervisor.stop()
       pool.stop()
     }
+    logWriter.flush(milliseconds: Self.flushTime)
   }
 }
 
@@ -217,7 +224,8 @@ enum Signals {
   static func block() {
     var set = set
     unsafe pthread_sigmask(SIG_BLOCK, &set, nil)
-    signal(SIGPIPE, SIG_IGN)
+    // A reader that is gone, a file that may not grow, and a terminal of others are errors of a write.
+    for number in [SIGPIPE, SIGXFSZ, SIGTTOU] { signal(number, SIG_IGN) }
   }
 
   /// Waits for one; `nil` when none came in time.

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import DaemonConfiguration
-internal import Foundation
 internal import Logging
+internal import SystemPackage
 
-/// Writes each message as a line to standard error: for people, or as a JSON object.
+/// Hands each message to the thread that writes it, as a line.
 struct LineLogHandler: LogHandler {
   var metadata: Logger.Metadata = [:]
   var logLevel: Logger.Level
-  let format: LogFormat
-  /// systemd notes the time by itself.
-  let hasTime: Bool
+  let writer: LogWriter
 
   subscript(metadataKey key: String) -> Logger.Metadata.Value? {
     get { metadata[key] }
@@ -18,29 +16,19 @@ struct LineLogHandler: LogHandler {
   }
 
   func log(event: LogEvent) {
-    let all = metadata.merging(event.metadata ?? [:]) { $1 }
-    var line: String
-    switch format {
-    case .text:
-      line = hasTime ? Self.time() + " " : ""
-      line += "\(event.level.rawValue): \(event.message)"
-      for (key, value) in all.sorted(by: { $0.key < $1.key }) { line += " \(key)=\(value)" }
-    case .json:
-      var object = all.mapValues { "\($0)" }
-      object["time"] = Self.time()
-      object["level"] = event.level.rawValue
-      object["message"] = "\(event.message)"
-      let encoder = JSONEncoder()
-      encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
-      line = (try? encoder.encode(object)).map { String(decoding: $0, as: UTF8.self) } ?? ""
-    }
-    // A VMM's name may have anything but control characters; one line stays one.
-    line = line.replacing("\n", with: " ") + "\n"
-    FileHandle.standardError.write(Data(line.utf8))
-  }
-
-  private static func time() -> String {
-    Date().formatted(.iso8601.time(includingFractionalSeconds: true))
+    let all = event.metadata.map { metadata.merging($0) { $1 } } ?? metadata
+    let source: LogLimiter.Source =
+      if event.source == Logger.lifeCycle {
+        .lifeCycle
+      } else if let session = all["session"] {
+        .session("\(session)")
+      } else if let user = all["uid"] {
+        .user("\(user)")
+      } else {
+        .service
+      }
+    guard writer.admits(source) else { return }
+    writer.append(writer.text.line(event.level, "\(event.message)", all))
   }
 }
 
@@ -48,8 +36,12 @@ struct LineLogHandler: LogHandler {
 typealias DaemonLogger = Logger
 
 extension Logger {
+  /// The `source` of a line about the begin or the end of a session: no flood of the session's hides
+  /// it.
+  static var lifeCycle: String { "life-cycle" }
+
   /// As a configuration says.
-  init(_ configuration: DaemonConfiguration, environment: [String: String]) {
+  init(_ configuration: DaemonConfiguration, _ writer: LogWriter) {
     let level: Logger.Level =
       switch configuration.logLevel {
       case .trace: .trace
@@ -58,10 +50,6 @@ extension Logger {
       case .warning: .warning
       case .error: .error
       }
-    self.init(label: "faultline") { _ in
-      LineLogHandler(
-        logLevel: level, format: configuration.logFormat,
-        hasTime: environment["JOURNAL_STREAM"] == nil)
-    }
+    self.init(label: "faultline") { _ in LineLogHandler(logLevel: level, writer: writer) }
   }
 }

@@ -8,7 +8,9 @@ struct MetricsText {
 
   static let contentType = "text/plain; version=0.0.4; charset=utf-8"
 
-  init(_ registry: SessionRegistry, images: Int, _ caches: ImageCaches) {
+  init(
+    _ registry: SessionRegistry, images: Int, _ caches: ImageCaches, _ dropped: LogWriter.Dropped
+  ) {
     let total = registry.statistics
     let sessions = registry.all
     gauge("faultline_sessions", "Sessions that are served.", sessions.count)
@@ -52,6 +54,9 @@ struct MetricsText {
       fills.reduce(0) { $0 + $1.done })
     gauge("faultline_images_open", "Images that are open.", images)
     addCaches(caches, clones: sessions.count { $0.cache != nil })
+    counter(
+      "faultline_log_lines_dropped_total", "Lines of the log that were not written.", "reason",
+      [("rate", dropped.rate), ("queue", dropped.queue), ("write", dropped.write)])
     histogram(total.serviceTime)
   }
 

@@ -139,7 +139,7 @@ final class Supervisor: Sendable {
         "failed-pages": "\(statistics.failedPages)", "image": "\(session.image.path)",
         "name": session.identity.name.map { "\($0)" },
         "pid": "\(session.identity.peer.processID)", "uid": "\(session.identity.peer.userID)",
-      ].compactMapValues { $0 })
+      ].compactMapValues { $0 }, source: Logger.lifeCycle)
   }
 }
 

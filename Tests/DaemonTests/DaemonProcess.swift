@@ -19,6 +19,7 @@ final class DaemonProcess: Sendable {
   /// - Parameters:
   ///   - launcher: a command that becomes the daemon; the daemon's words follow it.
   ///   - input: its standard input, for a launcher that does something with it.
+  ///   - waits: until it says in its log that it is ready.
   init(
     in directory: String, _ arguments: [String], environment: [String: String] = [:],
     launcher: [String] = [], input: FileHandle = .nullDevice, waits: Bool = true
@@ -103,7 +104,7 @@ struct Service {
   init(
     in directory: String, handover: String = "firecracker", regions: [Int] = [512, 512],
     image: String? = nil, _ arguments: [String] = [], environment: [String: String] = [:],
-    launcher: [String] = []
+    launcher: [String] = [], logsToFile: Bool = true
   ) throws {
     self.directory = directory
     let base = directory + "/base.img"
@@ -116,7 +117,10 @@ struct Service {
         "--socket", directory + "/vmm.sock", "--handover", handover, "--image",
         image ?? base,
         "--control-socket", directory + "/control.sock", "--log-level", "debug",
-      ] + arguments, environment: environment, launcher: launcher)
+      ] + arguments, environment: environment, launcher: launcher, waits: logsToFile)
+    guard !logsToFile else { return }
+    let answers = Delay.until { (try? sessions()) != nil || !daemon.isRunning }
+    try #require(answers && daemon.isRunning)
   }
 
   /// The sessions, as `ps --json` has them.
@@ -129,11 +133,7 @@ struct Service {
   }
 
   /// Remove events of all sessions, that is, those that were read.
-  var removeEvents: Int {
-    let text = (try? request("GET", "/metrics")) ?? ""
-    let name = "faultline_events_total{kind=\"remove\"} "
-    return text.components(separatedBy: name).last.flatMap { Int($0.prefix { $0.isNumber }) } ?? 0
-  }
+  var removeEvents: Int { (try? metric("faultline_events_total{kind=\"remove\"}")) ?? 0 }
 
   /// curl, for the paths that no command uses: method, path, body.
   func request(_ method: String, _ path: String, body: String? = nil) throws -> String {
