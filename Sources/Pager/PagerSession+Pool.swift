@@ -71,9 +71,9 @@ extension PagerSession {
   public func start(in pool: PagerPool) throws(PagerError) {
     try begin { () throws(PagerError) in
       let guest = PooledSession(self)
-      let seat = try pool.watch.add(guest)
+      let place = try pool.watch.add(guest)
       let watch = pool.watch
-      return { watch.remove(seat, guest) }
+      return { watch.remove(place, guest) }
     }
   }
 }

@@ -9,14 +9,29 @@ internal import Userfault
 final class PoolWatch: Sendable {
   /// The place of one session. The lock is this session's alone.
   private final class Seat: Sendable {
-    let guest = Mutex<(any PooledGuest)?>(nil)
+    struct State {
+      var guest: (any PooledGuest)?
+      /// Which of those who had the seat one after the other.
+      var generation: UInt64 = 0
+    }
+    let state = Mutex(State())
   }
 
-  /// What an event is about, in the tag's low bits; above them the seat.
+  /// A session in its seat, as long as it has that.
+  struct Place: Hashable, Sendable {
+    fileprivate var seat: Int
+    fileprivate var generation: UInt64
+  }
+
+  /// What an event is about, in the tag's low bits; above them the seat, then its generation. An
+  /// event that was reported may be handled after its session has left.
   private enum Kind: UInt64 {
     case faults = 0, process = 1, stop = 2
     static let bits: UInt64 = 2
   }
+  private static var seatBits: UInt64 { 22 }
+  /// All that there are: a seat has that many sessions before one of them looks like another.
+  private static var generations: UInt64 { UInt64.max >> (seatBits + Kind.bits) }
 
   private let poller: Poller
   private let stopSign: EventDescriptor
@@ -25,6 +40,7 @@ final class PoolWatch: Sendable {
   private let isStopping = Atomic<Bool>(false)
 
   init(capacity: Int) throws(Errno) {
+    let capacity = min(capacity, 1 << Int(Self.seatBits))
     seats = (0..<capacity).map { _ in Seat() }
     free = Mutex(Array((0..<capacity).reversed()))
     poller = try Poller()
@@ -44,74 +60,108 @@ final class PoolWatch: Sendable {
 
   /// Has a session served.
   ///
-  /// - Returns: the seat, for `remove`.
-  func add(_ guest: any PooledGuest) throws(PagerError) -> Int {
+  /// - Returns: where, for `remove`.
+  func add(_ guest: any PooledGuest) throws(PagerError) -> Place {
     guard let seat = free.withLock({ $0.popLast() }) else {
       throw PagerError(.resources, "the \(seats.count) sessions that there is room for are there")
     }
-    seats[seat].guest.withLock { $0 = guest }
+    let place = seats[seat].state.withLock { state in
+      state.guest = guest
+      return Place(seat: seat, generation: state.generation)
+    }
     do throws(Errno) {
-      try poller.addOnce(guest.faultDescriptor, tag: tag(.faults, seat))
+      try poller.addOnce(guest.faultDescriptor, tag: tag(.faults, place))
       if guest.processDescriptor >= 0 {
-        try poller.addOnce(guest.processDescriptor, tag: tag(.process, seat))
+        try poller.addOnce(guest.processDescriptor, tag: tag(.process, place))
       }
     } catch {
-      remove(seat, guest)
+      remove(place, guest)
       throw PagerError(.resources, "the session cannot be watched", errno: error)
     }
-    return seat
+    return place
   }
 
   /// Ends the serving of a session; none of its turns is under way afterwards.
-  func remove(_ seat: Int, _ guest: any PooledGuest) {
-    // ENOENT: it was not watched.
-    try? poller.remove(guest.faultDescriptor)
-    if guest.processDescriptor >= 0 { try? poller.remove(guest.processDescriptor) }
-    seats[seat].guest.withLock { $0 = nil }
+  func remove(_ place: Place, _ guest: any PooledGuest) {
+    seats[place.seat].state.withLock { state in
+      // Whoever has an event of it, or is at the end of its turn, finds that it has left. So
+      // nobody watches a descriptor again whose number is another session's by then.
+      state.generation = (state.generation + 1) & Self.generations
+      state.guest = nil
+      // ENOENT: it was not watched.
+      try? poller.remove(guest.faultDescriptor)
+      if guest.processDescriptor >= 0 { try? poller.remove(guest.processDescriptor) }
+    }
     guest.leave()
-    free.withLock { $0.append(seat) }
+    free.withLock { $0.append(place.seat) }
   }
 
-  private func tag(_ kind: Kind, _ seat: Int) -> UInt64 {
-    UInt64(seat) << Kind.bits | kind.rawValue
+  /// Has a session reported again, if it is there.
+  private func rearm(_ place: Place) {
+    seats[place.seat].state.withLock { state in
+      guard state.generation == place.generation, let guest = state.guest else { return }
+      try? poller.rearm(guest.faultDescriptor, tag: tag(.faults, place))
+    }
+  }
+
+  private func guest(at place: Place) -> (any PooledGuest)? {
+    seats[place.seat].state.withLock { $0.generation == place.generation ? $0.guest : nil }
+  }
+
+  private func tag(_ kind: Kind, _ place: Place) -> UInt64 {
+    (place.generation << Self.seatBits | UInt64(place.seat)) << Kind.bits | kind.rawValue
+  }
+
+  private func place(of tag: UInt64) -> Place {
+    let seat = tag >> Kind.bits & (1 << Self.seatBits - 1)
+    return Place(seat: Int(seat), generation: tag >> (Kind.bits + Self.seatBits))
   }
 
   // MARK: - The threads
 
+  /// Sessions that have more to do than they were reported for; one thread has them. Nobody is
+  /// kept in here for longer than that.
+  typealias Eager = [(guest: any PooledGuest, place: Place)]
+
   func serve(_ tools: inout PoolTools) {
-    // Sessions that have more to do than they were reported for; this thread has them. Nobody is
-    // kept in here for longer than that.
-    var eager: [(guest: any PooledGuest, seat: Int)] = []
+    var eager: Eager = []
     eager.reserveCapacity(seats.count)
     while !isStopping.load(ordering: .acquiring) {
-      if let event = try? poller.wait(milliseconds: eager.isEmpty ? -1 : 0) ?? nil {
-        let seat = Int(event.tag >> Kind.bits)
-        switch Kind(rawValue: event.tag & (1 << Kind.bits - 1)) {
-        case .stop, nil: return
-        case .process:
-          seats[seat].guest.withLock { $0 }?.processHasEnded()
-        case .faults:
-          // One that took the seat meanwhile finds nothing to read.
-          if let guest = seats[seat].guest.withLock({ $0 }) {
-            turn(guest, seat, isReadable: event.isReadable, &eager, &tools)
-          }
-        }
+      if let event = next(milliseconds: eager.isEmpty ? -1 : 0) {
+        handle(event, &eager, &tools)
       }
       // The one that has waited longest of those who have more to do.
       if !eager.isEmpty {
-        let (guest, seat) = eager.removeFirst()
-        turn(guest, seat, isReadable: true, &eager, &tools)
+        let (guest, place) = eager.removeFirst()
+        turn(guest, place, isReadable: true, &eager, &tools)
       }
     }
   }
 
+  /// Waits for the next event.
+  func next(milliseconds: CInt) -> Poller.Event? {
+    try? poller.wait(milliseconds: milliseconds) ?? nil
+  }
+
+  /// Does what an event asks for. One whose session has left is nobody's.
+  func handle(_ event: Poller.Event, _ eager: inout Eager, _ tools: inout PoolTools) {
+    switch Kind(rawValue: event.tag & (1 << Kind.bits - 1)) {
+    case .stop, nil: break
+    case .process: guest(at: place(of: event.tag))?.processHasEnded()
+    case .faults:
+      let place = place(of: event.tag)
+      guard let guest = guest(at: place) else { return }
+      turn(guest, place, isReadable: event.isReadable, &eager, &tools)
+    }
+  }
+
   private func turn(
-    _ guest: any PooledGuest, _ seat: Int, isReadable: Bool,
-    _ eager: inout [(guest: any PooledGuest, seat: Int)], _ tools: inout PoolTools
+    _ guest: any PooledGuest, _ place: Place, isReadable: Bool, _ eager: inout Eager,
+    _ tools: inout PoolTools
   ) {
     switch guest.turn(&tools, isReadable: isReadable) {
-    case .waits: try? poller.rearm(guest.faultDescriptor, tag: tag(.faults, seat))
-    case .hasMore: eager.append((guest, seat))
+    case .waits: rearm(place)
+    case .hasMore: eager.append((guest, place))
     case .left: break
     }
   }
