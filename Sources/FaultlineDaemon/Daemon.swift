@@ -36,6 +36,8 @@ public final class Daemon {
   private var metrics: MetricsServer?
   private var controlPath: String?
 
+  /// What threads get at the end that are held up by something, in milliseconds.
+  private static var stopTime: UInt64 { 2000 }
   /// What the log's thread gets at the end for lines that wait, in milliseconds.
   private static var flushTime: UInt64 { 2000 }
 
@@ -66,7 +68,7 @@ public final class Daemon {
     try openServers()
     manager.notify("READY=1\nSTATUS=\(configuration.listen.count) sockets for VMMs")
     log.info("ready: \(description)")
-    while Signals.wait(seconds: manager.interval) == nil {
+    while !Signals.wait(seconds: manager.interval, log) {
       keepControl()
       manager.notify("WATCHDOG=1\nSTATUS=\(registry.count) sessions")
     }
@@ -174,7 +176,7 @@ public final class Daemon {
         manager.notify("WATCHDOG=1\nSTATUS=draining, \(registry.count) sessions")
         nextBeat = MonotonicClock.nanoseconds + UInt64(manager.interval * 1e9)
       }
-      guard Signals.wait(seconds: 0.02) != nil || isOver else { continue }
+      guard Signals.wait(seconds: 0.02, log) || isOver else { continue }
       if isHurried { break }
       // Letting go takes about 50 ns a page; who cannot be let go of is left.
       isHurried = true
@@ -203,20 +205,25 @@ public final class Daemon {
     metrics?.stop()
     if let controlPath { unsafe unlink(controlPath) }
     if registry.count == 0 {
-      supervisor.stop()
+      supervisor.stop(milliseconds: Self.stopTime)
       pool.stop()
     }
     logWriter.flush(milliseconds: Self.flushTime)
   }
 }
 
-/// SIGTERM and SIGINT, taken by one thread.
+/// The signals of the daemon, taken by one thread.
 enum Signals {
+  /// Those that end it.
+  private static var ends: [CInt] { [SIGTERM, SIGINT] }
+  /// Those that would end it without a drain, if nobody took them: a terminal that closes, scripts
+  /// that mean another service. There is nothing to read again: `systemctl reload` is not offered.
+  private static var others: [CInt] { [SIGHUP, SIGUSR1, SIGUSR2] }
+
   private static var set: sigset_t {
     var set = sigset_t()
     unsafe sigemptyset(&set)
-    unsafe sigaddset(&set, SIGTERM)
-    unsafe sigaddset(&set, SIGINT)
+    for number in ends + others { unsafe sigaddset(&set, number) }
     return set
   }
 
@@ -228,13 +235,16 @@ enum Signals {
     for number in [SIGPIPE, SIGXFSZ, SIGTTOU] { signal(number, SIG_IGN) }
   }
 
-  /// Waits for one; `nil` when none came in time.
-  static func wait(seconds: Double) -> CInt? {
+  /// Waits for one that ends the daemon; `false` when none came in time.
+  static func wait(seconds: Double, _ log: Logger) -> Bool {
     var set = set
     var time = timespec(
       tv_sec: Int(seconds), tv_nsec: Int((seconds - seconds.rounded(.down)) * 1e9))
     let found = unsafe sigtimedwait(&set, nil, &time)
-    return found > 0 ? found : nil
+    guard found > 0, !ends.contains(found) else { return found > 0 }
+    let name = [SIGHUP: "SIGHUP", SIGUSR1: "SIGUSR1"][found] ?? "SIGUSR2"
+    log.info("\(name) does nothing here; SIGTERM ends the service")
+    return false
   }
 }
 

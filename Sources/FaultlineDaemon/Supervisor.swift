@@ -10,26 +10,34 @@ internal import SystemPackage
 internal import VMMAdapters
 
 /// Ends sessions: when the VMM's process is gone, when its connection was closed, when an
-/// operator says so. A thread of its own watches the connections; each end has a thread for as
-/// long as it takes, so that one that is held up by its storage holds up no other.
+/// operator says so. A thread of its own watches the connections. Ends are short and have threads that
+/// were made at the start; what may take long, filling a session before it is let go of, has others, so
+/// that one that is held up by its storage holds up no end.
 final class Supervisor: Sendable {
   private let registry: SessionRegistry
   private let poller: Poller
-  private let stopSign: EventDescriptor
-  private let ends = Monitor(0)
+  /// Has the thread look at `parked` and `isStopping`.
+  private let wakeSign: EventDescriptor
+  private let ends: Workers
+  private let detaches: Workers
   private let hasNoTime = Atomic<Bool>(false)
+  private let isStopping = Atomic<Bool>(false)
   /// Whether a VMM was let go of with pages missing.
   let hasCutShort = Atomic<Bool>(false)
+  /// Sessions that cannot let go of memory before its process has ended.
+  private let parked = Mutex<[(session: GuestSession, reason: String)]>([])
   private let thread = Mutex<JoinedThread?>(nil)
   private let log: Logger
-  private static var stopTag: UInt64 { 0 }
+  private static var wakeTag: UInt64 { 0 }
 
   init(_ registry: SessionRegistry, log: Logger) throws(Errno) {
     self.registry = registry
     self.log = log
     poller = try Poller()
-    stopSign = try EventDescriptor()
-    try poller.add(stopSign.descriptor.rawValue, tag: Self.stopTag)
+    wakeSign = try EventDescriptor()
+    try poller.add(wakeSign.descriptor.rawValue, tag: Self.wakeTag)
+    ends = try Workers("end", reserve: 2, limit: 64)
+    detaches = try Workers("detach", reserve: 1)
   }
 
   /// Starts the thread.
@@ -38,11 +46,12 @@ final class Supervisor: Sendable {
     self.thread.withLock { $0 = thread }
   }
 
-  /// Ends it, and waits until the ends that are under way are over.
-  func stop() {
-    stopSign.signal()
-    thread.withLock { $0 }?.join()
-    ends.wait { $0 == 0 ? () : nil }
+  /// Ends it, and waits some time for the ends that are under way.
+  func stop(milliseconds: UInt64) {
+    isStopping.store(true, ordering: .releasing)
+    wakeSign.signal()
+    ends.stop(milliseconds: milliseconds)
+    detaches.stop(milliseconds: milliseconds)
   }
 
   /// Has a session's connection watched.
@@ -52,9 +61,15 @@ final class Supervisor: Sendable {
   }
 
   private func watch() {
-    while true {
-      guard let event = try? poller.wait() ?? nil else { continue }
-      guard event.tag != Self.stopTag else { return }
+    while !isStopping.load(ordering: .acquiring) {
+      let isParked = parked.withLock { !$0.isEmpty }
+      let event = try? poller.wait(milliseconds: isParked ? 100 : -1)
+      endParked()
+      guard let event else { continue }
+      guard event.tag != Self.wakeTag else {
+        wakeSign.reset()
+        continue
+      }
       guard let session = registry["\(event.tag)"], let connection = session.connection else {
         continue
       }
@@ -68,18 +83,35 @@ final class Supervisor: Sendable {
 
   /// Ends a session whose VMM is gone, or serves it no more.
   ///
-  /// May be called from a thread of the session.
+  /// May be called from a thread of the session, whatever it has locked.
   func end(_ session: GuestSession, _ reason: String) {
     guard session.enter(.ending) else { return }
-    inThread(session) { session in
+    ends.run { [self] in
       session.connection?.push(.ended(reason))
       session.awaitExit()
       // A process that goes on without the connection must not read zeros.
-      if !session.letGo() {
-        self.waitForProcess(session)
+      guard session.letGo() else { return park(session, reason) }
+      remove(session, reason)
+    }
+  }
+
+  /// Keeps a session until its process has ended.
+  private func park(_ session: GuestSession, _ reason: String) {
+    parked.withLock { $0.append((session, reason)) }
+    wakeSign.signal()
+  }
+
+  private func endParked() {
+    let ended = parked.withLock { parked in
+      let index = parked.partition { $0.session.pager.hasEnded }
+      defer { parked.removeSubrange(index...) }
+      return Array(parked[index...])
+    }
+    for (session, reason) in ended {
+      ends.run { [self] in
         session.pager.release()
+        remove(session, reason)
       }
-      self.remove(session, reason)
     }
   }
 
@@ -89,45 +121,29 @@ final class Supervisor: Sendable {
   /// - Returns: `false` when it is ending, or detaching, already.
   func detach(_ session: GuestSession, _ reason: String) -> Bool {
     guard session.enter(.detaching) else { return false }
-    inThread(session) { [self] session in
+    detaches.run { [self] in
+      // It may have ended before there was a thread for it, or may end meanwhile.
+      guard session.currentPhase == .detaching else { return }
       var status = HandoverStatus.detached(reason)
-      switch session.detach(isOver: { hasNoTime.load(ordering: .acquiring) }) {
+      let detachment = session.detach {
+        hasNoTime.load(ordering: .acquiring) || session.currentPhase == .ending
+      }
+      switch detachment {
       case .stays: return session.stay()
       case .cutShort:
-        hasCutShort.store(true, ordering: .releasing)
         status = .ended(reason)
+        if session.currentPhase != .ending { hasCutShort.store(true, ordering: .releasing) }
       case .complete: break
       }
       guard session.enter(.ending) else { return }
       session.connection?.push(status)
-      self.remove(session, reason)
+      remove(session, reason)
     }
     return true
   }
 
   /// There is no more time for filling.
   func hurry() { hasNoTime.store(true, ordering: .releasing) }
-
-  private func inThread(
-    _ session: GuestSession, _ body: @escaping @Sendable (GuestSession) -> Void
-  ) {
-    ends.withLock { $0 += 1 }
-    do throws(Errno) {
-      _ = try NamedThread(name: "end") {
-        body(session)
-        self.ends.withLock { $0 -= 1 }
-      }
-    } catch {
-      // As many threads as there can be: the caller does it.
-      log.warning("no thread for ending session \(session.id): \(error)")
-      body(session)
-      ends.withLock { $0 -= 1 }
-    }
-  }
-
-  private func waitForProcess(_ session: GuestSession) {
-    while !session.pager.hasEnded { Pause.milliseconds(100) }
-  }
 
   private func remove(_ session: GuestSession, _ reason: String) {
     guard registry.remove(session) else { return }
