@@ -185,6 +185,11 @@ final class Attachment: Sendable {
       onEnd: { [supervisor] error in
         if let session = box.session { supervisor.end(session, "\(error)") }
       })
+    options.onFailuresOmitted = { [log] count in
+      log.error(
+        "\(count) more pages have no right content",
+        metadata: ["session": "\(box.session?.id ?? "")"])
+    }
     options.records = configuration.record
     options.sourceTimeout = UInt64(configuration.sourceTimeoutMilliseconds) * 1_000_000
     options.onDamage = Pager.DamagePolicy(configuration.onDamage)

@@ -127,6 +127,7 @@ extension PagerSession {
           self.fillReplaying(first.take(), bench.buffer)
           && self.fillRest(rest, rate: rate ?? 0, bench.buffer)
         self.background.finish(isDone ? .done : .idle)
+        self.reports.deliverHere()
         if isDone { onEnd?() }
       }
     } catch {

@@ -26,11 +26,18 @@ public struct PagerOptions: Sendable {
   public var sourceTimeout: UInt64 = 30_000_000_000
   /// What becomes of a page without right content.
   public var onDamage = DamagePolicy.poison
-  /// Called from a thread of the session when a page has no right content. It must not
-  /// touch the memory that is served.
+  /// Called when a page has no right content.
+  ///
+  /// This and the next two come from a thread that serves no faults (`report`), one of the
+  /// session's or its pool's, in the order in which things happened, also after `stop` when they
+  /// take long. They may take their time: of the sessions of a pool only the callbacks wait
+  /// meanwhile. They may call `stop` and `release`.
   public var onFailure: (@Sendable (PageFailure) -> Void)?
-  /// Called once when the session can serve no more: waiters wait from then on. Comes
-  /// from a thread of the session, so it must not call `stop`.
+  /// Called with how many failures `onFailure` was not told of, because 256 of them waited
+  /// already.
+  public var onFailuresOmitted: (@Sendable (Int) -> Void)?
+  /// Called once when the session can serve no more, after all failures: waiters wait from then
+  /// on.
   public var onEnd: (@Sendable (PagerError) -> Void)?
 
   /// Options with the defaults: one thread for faults, which is best for a guest with

@@ -14,6 +14,7 @@ internal import Userfault
 /// nothing. No thread waits for a source: see `PageSource.readAtHand`.
 public final class PagerPool: Sendable {
   let watch: PoolWatch
+  let reporter: Reporter
   private let threads = Mutex<[ThreadBox]>([])
 
   /// Starts the threads, which are named `fault0`, `fault1`, ….
@@ -24,8 +25,9 @@ public final class PagerPool: Sendable {
   public init(threads count: Int = 2, capacity: Int = 1024) throws(PagerError) {
     do {
       watch = try PoolWatch(capacity: max(1, capacity))
+      reporter = try Reporter()
     } catch {
-      throw PagerError(.resources, "no descriptor for shared fault threads", errno: error)
+      throw PagerError(.resources, "no descriptor or thread for shared fault threads", errno: error)
     }
     for index in 0..<max(1, count) {
       do throws(Errno) {
@@ -52,6 +54,7 @@ public final class PagerPool: Sendable {
       return threads
     }
     for thread in threads { thread.join() }
+    reporter.stop()
   }
 
   /// Sessions that are served.

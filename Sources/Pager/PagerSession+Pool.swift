@@ -73,7 +73,8 @@ extension PagerSession {
       let guest = PooledSession(self)
       let place = try pool.watch.add(guest)
       let watch = pool.watch
-      return { watch.remove(place, guest) }
+      return Serving(
+        end: { watch.remove(place, guest) }, reporter: pool.reporter, ownsReporter: false)
     }
   }
 }

@@ -59,6 +59,8 @@ extension PagerSession {
       throw PagerError(.resources, "no memory or thread for filling", errno: error)
     }
     for thread in threads { thread.join() }
+    // Where nobody serves, nobody else tells of what was found.
+    reports.deliverHere()
     if let error = endError { throw error }
     let damaged = statistics.failedPages - failed
     guard damaged == 0 else {

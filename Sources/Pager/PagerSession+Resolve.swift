@@ -372,14 +372,4 @@ extension PagerSession {
         isPoisoned: poisoned, reason: "host address \(page.start) lies in no region"))
     return .resolved
   }
-
-  /// Ends the guest's process where that is the policy.
-  private func stopGuestIfSo() {
-    guard options.onDamage == .stopVMM else { return }
-    switch process {
-    case .none: break
-    // ESRCH: it is gone already.
-    case .some(let process): try? sendKill(to: process)
-    }
-  }
 }

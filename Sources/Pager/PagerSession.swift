@@ -39,17 +39,28 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let stopSign: EventDescriptor
   private let stopRequested = Atomic<Bool>(false)
   let counters: [WorkerSlot]
-  let process: OwnedDescriptor?
+  let process: WatchedProcess
   private let state = Mutex(State())
+  let reports: Outbox<Report>
   /// Held by whoever starts or stops the threads, so that two do not.
   private let lifecycle = Mutex(())
 
   /// Why a session serves no more.
   enum End: Sendable { case processGone, failed(Errno) }
 
+  /// What serves the session.
+  struct Serving {
+    /// Joins the threads that serve, or leaves the pool.
+    var end: @Sendable () -> Void
+    /// Tells what it has to tell.
+    var reporter: Reporter
+    /// The reporter is there for this session only.
+    var ownsReporter: Bool
+  }
+
   private struct State {
-    /// Joins the threads that serve, or leaves the pool; `nil` while nobody serves.
-    var endServing: (@Sendable () -> Void)?
+    /// `nil` while nobody serves.
+    var serving: Serving?
     var failures: [PageFailure] = []
     var failureCount = 0
     var end: End?
@@ -103,7 +114,8 @@ public final class PagerSession<Source: PageSource>: Sendable {
     self.regions = regions.sorted { $0.host.start < $1.host.start }
     self.source = source
     self.options = options
-    self.process = process
+    self.process = WatchedProcess(process)
+    reports = Self.makeReports(options, self.process)
     let threads = options.faultThreads + options.populateThreads + options.stageTwoThreads
     lane = SourceLane(
       threads: options.sourceThreads, timeout: options.sourceTimeout, firstCounters: threads)
@@ -142,24 +154,31 @@ public final class PagerSession<Source: PageSource>: Sendable {
 
   // MARK: - Life cycle
 
-  /// Starts the fault threads. Waiters that an earlier handler left behind are woken
-  /// and fault again.
+  /// Starts the fault threads, and one that calls `onFailure` and the like (`report`). Waiters that
+  /// an earlier handler left behind are woken and fault again.
   public func start() throws(PagerError) {
     try begin { () throws(PagerError) in
       var threads: [ThreadBox] = []
       do throws(Errno) {
-        for index in 0..<options.faultThreads {
-          let worker = try FaultWorkerBox(session: self, index: index)
-          let thread = try NamedThread(name: "fault\(index)") { worker.run() }
-          threads.append(ThreadBox(thread))
+        let reporter = try Reporter()
+        do throws(Errno) {
+          for index in 0..<options.faultThreads {
+            let worker = try FaultWorkerBox(session: self, index: index)
+            let thread = try NamedThread(name: "fault\(index)") { worker.run() }
+            threads.append(ThreadBox(thread))
+          }
+        } catch {
+          reporter.stop()
+          throw error
         }
+        let started = threads
+        return Serving(
+          end: { for thread in started { thread.join() } }, reporter: reporter, ownsReporter: true)
       } catch {
         requestStop()
         for thread in threads { thread.join() }
         throw PagerError(.resources, "no thread for serving faults", errno: error)
       }
-      let started = threads
-      return { for thread in started { thread.join() } }
     }
   }
 
@@ -167,28 +186,32 @@ public final class PagerSession<Source: PageSource>: Sendable {
   ///
   /// - Parameter serve: has faults served from here on, and returns what ends that once a stop
   ///   was requested.
-  func begin(_ serve: () throws(PagerError) -> @Sendable () -> Void) throws(PagerError) {
+  func begin(_ serve: () throws(PagerError) -> Serving) throws(PagerError) {
     try lifecycle.withLock { _ throws(PagerError) in
       if let error = endError { throw error }
-      guard state.withLock({ $0.endServing == nil }) else { return }
+      guard state.withLock({ $0.serving == nil }) else { return }
       stopSign.reset()
       stopRequested.store(false, ordering: .releasing)
-      let endServing = try serve()
-      state.withLock { $0.endServing = endServing }
+      let serving = try serve()
+      state.withLock { $0.serving = serving }
+      reports.use(serving.reporter)
       wakeAll()
     }
   }
 
   /// Stops serving and returns when no thread serves any more. The regions stay
   /// registered: whoever faults waits until `start` or `release`.
+  ///
+  /// Waits for callbacks that are due or under way for a second at most, and does not when it is
+  /// called from within one.
   public func stop() {
     lifecycle.withLock { _ in
       requestStop()
-      let endServing = state.withLock { state in
-        defer { state.endServing = nil }
-        return state.endServing
+      let serving = state.withLock { state in
+        defer { state.serving = nil }
+        return state.serving
       }
-      endServing?()
+      serving?.end()
       lane.stop(self)
       background.stop(patience: options.sourceTimeout)
       let children = state.withLock { state in
@@ -196,7 +219,10 @@ public final class PagerSession<Source: PageSource>: Sendable {
         return state.children
       }
       for child in children { child.stop() }
+      reports.use(nil)
+      if let serving, serving.ownsReporter { serving.reporter.stop() }
     }
+    reports.awaitDelivery(Self.callbackPatience)
   }
 
   /// Stops, unregisters all regions and wakes everyone who still waits.
@@ -270,7 +296,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
       return state.end == nil
     }
     requestStop()
-    if isFirst, let error = endError { options.onEnd?(error) }
+    if isFirst, let error = endError { reports.postLast(.end(error)) }
   }
 
   /// Answers the faults of a forked child from here on.
@@ -293,16 +319,11 @@ public final class PagerSession<Source: PageSource>: Sendable {
       state.failureCount += 1
       if state.failures.count < Self.failureLimit { state.failures.append(failure) }
     }
-    options.onFailure?(failure)
+    if options.onFailure != nil { reports.post(.failure(failure)) }
   }
 
   /// The pidfd's number, or -1.
-  var processDescriptor: CInt {
-    switch process {
-    case .none: -1
-    case .some(let descriptor): descriptor.rawValue
-    }
-  }
+  var processDescriptor: CInt { process.rawValue }
 
   /// The region that holds an address.
   func region(at address: HostAddress) -> PagedRegion? { numberedRegion(at: address)?.region }
