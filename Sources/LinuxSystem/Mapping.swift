@@ -61,6 +61,16 @@ public struct Mapping: ~Copyable, @unchecked Sendable {
     range = HostRange(start: HostAddress(UInt64(start)), length: length)
   }
 
+  /// Addresses that can neither be read nor written (PROT_NONE), as low as the kernel has them.
+  public init(inaccessible length: Int) throws(Errno) {
+    // A hint only: behind what vm.mmap_min_addr keeps free by default.
+    let hint = unsafe UnsafeMutableRawPointer(bitPattern: 1 << 20)
+    let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE
+    // SAFETY: without MAP_FIXED nothing that is mapped is touched.
+    let start = try check(unsafe clinux_mmap(hint, length, PROT_NONE, flags, -1, 0))
+    range = HostRange(start: HostAddress(UInt64(start)), length: length)
+  }
+
   /// Anonymous memory backed by huge pages of the given size (MAP_HUGETLB).
   ///
   /// - Parameter reserved: `true` has the kernel set all pages aside now: `Errno.noMemory` when

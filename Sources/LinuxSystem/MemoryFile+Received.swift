@@ -30,6 +30,8 @@ public struct ReceivedMemoryFile: Sendable, Hashable {
   public let seals: MemoryFileSeals
   /// Whether the descriptor is for reading and writing.
   public let isWritable: Bool
+  /// Whether what is written goes to its end, wherever it is to go (O_APPEND, pwrite(2)).
+  public let isAppending: Bool
 }
 
 extension OwnedDescriptor {
@@ -41,7 +43,7 @@ extension OwnedDescriptor {
       let flags = CInt(try check(clinux_status_flags(rawValue)))
       return ReceivedMemoryFile(
         pageSize: PageSize(rawValue: bytes), seals: MemoryFileSeals(rawValue: max(0, seals)),
-        isWritable: flags & O_ACCMODE == O_RDWR)
+        isWritable: flags & O_ACCMODE == O_RDWR, isAppending: flags & O_APPEND != 0)
     }
   }
 }

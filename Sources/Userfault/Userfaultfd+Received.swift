@@ -8,9 +8,10 @@ extension Userfaultfd {
   /// Takes over a descriptor that another process sent, after a look at what it is.
   ///
   /// The kernel says so itself: /proc/self/fd names the kind, /proc/self/fdinfo has the
-  /// negotiated features (fs/userfaultfd.c, userfaultfd_show_fdinfo). UFFDIO_POISON works
-  /// also where its feature was not negotiated, so `features` has `.poison` if this kernel
-  /// knows it.
+  /// negotiated features and the ioctls that the kernel has (fs/userfaultfd.c,
+  /// userfaultfd_show_fdinfo). UFFDIO_POISON works also where its feature was not negotiated, so
+  /// `features` has `.poison` if it is among them. No userfaultfd is made for that: a service may
+  /// be forbidden to.
   ///
   /// Throws `.notUserfaultfd`, `.notNegotiated`, and `.failed` when /proc cannot be read. The
   /// descriptor is closed then.
@@ -27,29 +28,30 @@ extension Userfaultfd {
     guard name == "anon_inode:[userfaultfd]" else {
       throw UserfaultError(.notUserfaultfd, attempt: name)
     }
-    guard let negotiated = Self.negotiatedFeatures(information) else {
+    guard let features = Self.features(information) else {
       throw UserfaultError(.notNegotiated, attempt: "UFFDIO_API by the sender")
     }
-    let supported = (try? Self.supportedFeatures(userModeOnly: true)) ?? []
     do throws(Errno) {
-      try self.init(
-        adopting: descriptor, features: negotiated.union(supported.intersection(.poison)))
+      try self.init(adopting: descriptor, features: features)
     } catch {
       throw UserfaultError(
         .failed, attempt: "Making a received userfaultfd non-blocking", errno: error)
     }
   }
 
-  /// The features in the line "API:\taa:FEATURES:IOCTLS" of fdinfo; `nil` before
-  /// UFFDIO_API.
-  static func negotiatedFeatures(_ information: String) -> UserfaultFeatures? {
+  /// The features of the line "API:\taa:FEATURES:IOCTLS" of fdinfo, all in hexadecimal: those
+  /// that were negotiated, and `.poison` where bit 8 of the ioctls says that there is
+  /// UFFDIO_POISON; `nil` before UFFDIO_API.
+  static func features(_ information: String) -> UserfaultFeatures? {
     // The kernel keeps a bit of its own among them (UFFD_FEATURE_INITIALIZED).
     let initialized: UInt64 = 1 << 31
     for line in information.split(separator: "\n") where line.hasPrefix("API:") {
       let fields = line.dropFirst(4).split(separator: ":")
-      guard fields.count == 3, let bits = UInt64(fields[1], radix: 16), bits & initialized != 0
+      guard fields.count == 3, let bits = UInt64(fields[1], radix: 16), bits & initialized != 0,
+        let operations = UInt64(fields[2], radix: 16).map(RangeOperations.init(rawValue:))
       else { return nil }
       return UserfaultFeatures(rawValue: bits & ~initialized)
+        .union(operations.contains(.poison) ? .poison : [])
     }
     return nil
   }
@@ -59,8 +61,9 @@ extension Userfaultfd {
   /// Whether the process whose memory it watches still has that memory. A userfaultfd says so
   /// by no event.
   public var hasAddressSpace: Bool {
-    // Nothing is mapped there: refused with EINVAL, but ENOMEM comes first when the address
-    // space is gone (mm/userfaultfd.c, userfaultfd_register).
+    // Nobody maps anything there: refused with EINVAL, but ENOMEM comes first when the address
+    // space is gone (mm/userfaultfd.c, userfaultfd_register). Who does, with MAP_FIXED, has that
+    // page registered and nothing else of it.
     let nowhere = HostRange(start: HostAddress(Self.topmostPage), length: 4096)
     do throws(Errno) {
       try register(nowhere, modes: .missing)
@@ -70,7 +73,8 @@ extension Userfaultfd {
     }
   }
 
-  /// The last page below the end of a process's address space, where nothing can be mapped.
+  /// The last page below the end of a process's address space, which the kernel gives to nobody
+  /// who does not ask for it.
   private static var topmostPage: UInt64 {
     #if arch(arm64)
       0x0000_FFFF_FFFF_F000

@@ -49,6 +49,7 @@ public struct FirecrackerHandover: ~Copyable, Sendable {
         on: socket, into: &descriptors, limits: limits, stopSign: stopSign)
       let regions = try HandedRegion.check(decode(message), limit: limits.regions)
       let userfaultfd = try receivedUserfaultfd(&descriptors)
+      try HandedRegion.check(regions, against: userfaultfd)
       return FirecrackerHandover(
         regions: regions, userfaultfd: userfaultfd, peer: sender.credentials,
         process: try sender.openProcess(socket))

@@ -79,6 +79,9 @@ enum HandedMemory {
     guard file.isWritable else {
       throw refused("is not open for reading and writing: hand over what memfd_create gave")
     }
+    guard !file.isAppending else {
+      throw refused("has O_APPEND: what is written would go to its end and not to its place")
+    }
     guard file.seals.contains(.shrinking) else {
       throw refused(
         "can be shortened: make it with memfd_create and MFD_ALLOW_SEALING, and add F_SEAL_SHRINK "

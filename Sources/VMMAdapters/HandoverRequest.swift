@@ -69,6 +69,7 @@ public struct HandoverRequest: ~Copyable, Sendable {
     }
     let userfaultfd = try receivedUserfaultfd(&descriptors)
     try Self.check(regions, against: userfaultfd)
+    try HandedRegion.check(regions, against: userfaultfd)
     memoryFiles = try HandedMemory.files(descriptors, of: regions)
     name = message.name ?? opened?.request.name
     image = message.image ?? opened?.request.image

@@ -3,7 +3,6 @@
 internal import HandoverProtocol
 internal import LinuxSystem
 internal import SystemPackage
-internal import Userfault
 
 /// Who hands over, and whether it may.
 struct Sender {
@@ -65,24 +64,6 @@ extension UnixSocket {
       default:
         throw HandoverError(.inputOutput, "nothing can be received", errno: error)
       }
-    }
-  }
-}
-
-/// The first descriptor, as a userfaultfd.
-func receivedUserfaultfd(
-  _ descriptors: inout DescriptorList
-) throws(HandoverError) -> Userfaultfd {
-  switch descriptors.takeFirst() {
-  case .none:
-    throw HandoverError(.invalidDescriptor, "no descriptor came with the message")
-  case .some(let descriptor):
-    do throws(UserfaultError) {
-      return try Userfaultfd(receiving: descriptor)
-    } catch {
-      throw HandoverError(
-        error.code == .failed ? .inputOutput : .invalidDescriptor, error.description,
-        errno: error.errno)
     }
   }
 }

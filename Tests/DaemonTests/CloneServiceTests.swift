@@ -224,13 +224,18 @@ struct CloneServiceTests {
       // Memory that is no mapping of the file is filled by copies.
       let userfaultfd = try Userfaultfd(requiring: .removeEvents)
       let other = try Mapping(anonymous: 512 * 4096)
-      let nothing = HostAddress(1 << 30)
-      try userfaultfd.register(other.range, modes: .missing)
+      let nothing = try Mapping(anonymous: 512 * 4096)
+      for range in [other.range, nothing.range] {
+        try userfaultfd.register(range, modes: .missing)
+      }
       let attached = [
-        image.regions[0].attached(at: other.range.start), image.regions[1].attached(at: nothing),
+        image.regions[0].attached(at: other.range.start),
+        image.regions[1].attached(at: nothing.range.start),
       ]
       let client = try image.attach(
         attached, userfaultfd: userfaultfd, timeoutMilliseconds: 60_000)
+      // Registered when it is handed over, and not afterwards.
+      try userfaultfd.unregister(nothing.range)
       for block in 0..<512 {
         #expect(
           load(other.range, offset: block * 4096) == PatternSource.word(block: block, seed: 7))

@@ -131,6 +131,11 @@ struct MinorTests {
         openingForReading: FilePath("/proc/self/fd/\(sealed.file.descriptor.rawValue)"))
       answer = refusal(sealed, reading.rawValue)
       #expect(answer.code == "invalid_descriptor" && answer.text.contains("reading and writing"))
+      let number = sealed.file.descriptor.rawValue
+      #expect(fcntl(number, F_SETFL, fcntl(number, F_GETFL) | O_APPEND) == 0)
+      answer = refusal(sealed)
+      #expect(answer.code == "invalid_descriptor" && answer.text.contains("O_APPEND"))
+      #expect(fcntl(number, F_SETFL, fcntl(number, F_GETFL) & ~O_APPEND) == 0)
       answer = refusal(sealed, offset: 4096)
       #expect(answer.code == "invalid_regions" && answer.text.contains("passes the end"))
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+import CTestSupport
 import LinuxSystem
 import TestSupport
 import Testing
@@ -37,6 +38,28 @@ struct ReceivedTests {
     #expect(guardedLoad(memory.range, offset: 0) == .busError)
   }
 
+  @Test("A process that may not make one learns of POISON, too")
+  func forbidden() async {
+    await #expect(processExitsWith: .success) {
+      let supported = try Userfaultfd.supportedFeatures()
+      let original = try Userfaultfd(requiring: .removeEvents)
+      let copy = try original.descriptor.duplicate()
+      precondition(ctest_forbid_userfaultfd() == 0)
+      for userModeOnly in [true, false] {
+        for origin in Userfaultfd.Origin.allCases {
+          let made = try? Userfaultfd.supportedFeatures(origin: origin, userModeOnly: userModeOnly)
+          precondition(made == nil, "the filter does nothing")
+        }
+      }
+      let received = try Userfaultfd(receiving: copy)
+      precondition(received.features == supported.intersection(.poison).union(.removeEvents))
+      let memory = try Mapping(anonymous: 4096)
+      try received.register(memory.range, modes: .missing)
+      let poisoned = received.poison(memory.range).obstacle == nil
+      precondition(poisoned == supported.contains(.poison))
+    }
+  }
+
   @Test("Anything else is refused by its name and closed")
   func otherKinds() async {
     await #expect(processExitsWith: .success) {
@@ -54,11 +77,13 @@ struct ReceivedTests {
 
   @Test("What was not initialised is refused")
   func notInitialised() {
-    #expect(Userfaultfd.negotiatedFeatures("pending:\t0\ntotal:\t0\nAPI:\taa:8:1ff\n") == nil)
+    #expect(Userfaultfd.features("pending:\t0\ntotal:\t0\nAPI:\taa:8:1ff\n") == nil)
     #expect(
-      Userfaultfd.negotiatedFeatures("API:\taa:80000008:80000000000001ff\n") == .removeEvents)
+      Userfaultfd.features("API:\taa:80000008:80000000000000ff\n") == .removeEvents)
+    #expect(
+      Userfaultfd.features("API:\taa:80000008:80000000000001ff\n") == [.removeEvents, .poison])
     for text in ["", "API:", "API:\taa", "API:\taa:zz:1", "pending:\t0\n"] {
-      #expect(Userfaultfd.negotiatedFeatures(text) == nil)
+      #expect(Userfaultfd.features(text) == nil)
     }
   }
 }

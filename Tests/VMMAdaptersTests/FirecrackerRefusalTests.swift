@@ -111,13 +111,13 @@ struct FirecrackerRefusalTests {
 
   @Test("Unknown fields, white space and any order are taken")
   func tolerance() throws {
-    let userfaultfd = try Userfaultfd(requiring: .removeEvents)
+    let memory = try NamedMemory.shared.get()
     let text = """
        [ { "gpa_start": 7, "offset": 0, "new": {"a": [1, "]}\\"", null]}, "size": 8192,
           "base_host_virt_addr": 268435456 } ]\r\n\t 
       """
     let error = try refusal(
-      of: Array(text.utf8), descriptors: [userfaultfd.descriptor.rawValue])
+      of: Array(text.utf8), descriptors: [memory.userfaultfd.descriptor.rawValue])
     #expect(error == nil)
   }
 

@@ -66,24 +66,23 @@ struct MessageMutator {
 
 /// Descriptors that a hostile peer may send.
 private final class Offers: Sendable {
-  let userfaultfd: Userfaultfd
+  let memory: NamedMemory
   let file: MemoryFile
   let unsealed: MemoryFile
   let stop: EventDescriptor
   init() throws {
-    let userfaultfd = try Userfaultfd(requiring: .removeEvents)
+    memory = try NamedMemory.shared.get()
     let file = try MemoryFile(name: "fuzz-offer", length: 1 << 20)
     try file.seal(futureWrites: false)
     unsealed = try MemoryFile(name: "fuzz-offer", length: 1 << 20)
     stop = try EventDescriptor()
-    self.userfaultfd = userfaultfd
     self.file = file
   }
 
   /// Half the time what a good message has, else whatever there is.
   func some(_ wanted: Int, using random: inout SeededGenerator) -> [CInt] {
     let all = [
-      userfaultfd.descriptor.rawValue, file.descriptor.rawValue, stop.descriptor.rawValue,
+      memory.userfaultfd.descriptor.rawValue, file.descriptor.rawValue, stop.descriptor.rawValue,
       unsealed.descriptor.rawValue,
     ]
     if Bool.random(using: &random) { return Array(all.prefix(wanted)) }
@@ -270,8 +269,8 @@ struct FuzzTests {
           precondition(result.taken > 20, "seed \(seed): only \(result.taken) taken")
           precondition(firecracker || result.clones > 5, "seed \(seed): no clone was taken")
           precondition(result.slowest < 20_000_000_000, "seed \(seed): \(result.slowest) ns")
-          for name in ["fuzz-offer", "userfaultfd", "pidfd"] {
-            precondition(openDescriptors(of: name) == 0, "seed \(seed): \(name) is open")
+          for (name, kept) in [("fuzz-offer", 0), ("userfaultfd", 1), ("pidfd", 0)] {
+            precondition(openDescriptors(of: name) == kept, "seed \(seed): \(name) is open")
           }
         }
         precondition(residentBytes() - before < 64 << 20, "memory grows")

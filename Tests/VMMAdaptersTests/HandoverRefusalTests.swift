@@ -143,21 +143,21 @@ struct HandoverRefusalTests {
 
   @Test("A good one, with fields that are not known, is taken")
   func good() throws {
-    let userfaultfd = try Userfaultfd(requiring: .removeEvents)
+    let memory = try NamedMemory.shared.get()
     let text = attach(
       place + ",\"offset\":0,\"colour\":{\"a\":[1]}", more: ",\"future\":true,\"options\":{}")
     let result = try answer(
-      frame(text) + [1, 2, 3], descriptors: [userfaultfd.descriptor.rawValue])
+      frame(text) + [1, 2, 3], descriptors: [memory.userfaultfd.descriptor.rawValue])
     #expect(result == nil)
   }
 
   @Test("Memory files: their kind, their length, and two regions on one part of them")
   func memoryFiles() throws {
-    let userfaultfd = try Userfaultfd(requiring: .removeEvents)
+    let memory = try NamedMemory.shared.get()
     let file = try MemoryFile(name: "vm", length: 65536)
     try file.seal(futureWrites: false)
     let stop = try EventDescriptor()
-    let numbers = [userfaultfd.descriptor.rawValue, file.descriptor.rawValue]
+    let numbers = [memory.userfaultfd.descriptor.rawValue, file.descriptor.rawValue]
     let both = "\"userfaultfd\",\"memory\""
     func code(_ region: String, _ descriptors: [CInt]) throws -> HandoverError.Code? {
       try answer(frame(attach(region, descriptors: both)), descriptors: descriptors)?.error.code

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 
 import Foundation
+import Glibc
 import GuestMemory
 import LinuxSystem
 import MemoryImage
 import Pager
 import SystemPackage
 import TestSupport
+import Testing
 import Userfault
 
 @testable import VMMAdapters
@@ -54,4 +56,38 @@ func sentAndClosed(_ message: [UInt8], descriptors: [CInt]) throws -> UnixSocket
   let first = pair.first
   if !message.isEmpty { try first.send(message, descriptors: descriptors) }
   return pair.second
+}
+
+/// Memory at the addresses that messages in these tests name, registered MISSING and served by
+/// nobody. One for the process: a mapping has one userfaultfd.
+final class NamedMemory: Sendable {
+  static let shared = Result { try NamedMemory() }
+  /// Has EVENT_REMOVE.
+  let userfaultfd: Userfaultfd
+
+  private init() throws {
+    userfaultfd = try Userfaultfd(requiring: .removeEvents)
+    try map(0x1_0000..<0x20_0000)
+    try map(0x20_0000..<0x40_0000, more: MAP_HUGETLB | 21 << 26)
+    try map(0x1000_0000..<0x1010_0000)
+    try map(0x4000_0000..<0x4001_0000)
+    try map(0x8000_0000..<0x8000_0000 + 1535 * 4096)
+  }
+
+  private func map(_ addresses: Range<Int>, more: CInt = 0) throws {
+    let fixed: CInt = 0x10_0000  // MAP_FIXED_NOREPLACE
+    let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed | more
+    // Another test may ask for a range at this moment (`Mapping.init(inaccessible:)`).
+    try #require(
+      Delay.until(seconds: 10) {
+        // SAFETY: nothing is replaced, and nobody uses it but through the kernel.
+        let place = unsafe mmap(
+          UnsafeMutableRawPointer(bitPattern: addresses.lowerBound), addresses.count,
+          PROT_READ | PROT_WRITE, flags, -1, 0)
+        return unsafe place == UnsafeMutableRawPointer(bitPattern: addresses.lowerBound)
+      })
+    try userfaultfd.register(
+      HostRange(start: HostAddress(UInt64(addresses.lowerBound)), length: addresses.count),
+      modes: .missing)
+  }
 }

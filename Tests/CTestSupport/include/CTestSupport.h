@@ -34,6 +34,10 @@ int ctest_mount_private_tmpfs(const char *path, const char *options);
 /// mapping of its files. Returns a descriptor of its root, or the negated errno.
 int ctest_mount_hugetlbfs(const char *size, const char *page_size);
 
+/// Forbids this process, for good, to make a userfaultfd by userfaultfd(2) and by /dev/userfaultfd
+/// (EPERM; seccomp(2)). Returns 0 or the errno.
+int ctest_forbid_userfaultfd(void);
+
 /// Makes an empty file in a directory; its descriptor, or the negated errno.
 int ctest_make_file(int directory, const char *name);
 
