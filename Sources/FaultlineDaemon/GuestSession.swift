@@ -121,7 +121,7 @@ final class GuestSession: Sendable {
   enum Detachment {
     /// All that has data is there, or the VMM is gone.
     case complete
-    /// There was no time for it: what is missing is a memory error.
+    /// What is missing is a memory error.
     case cutShort
     /// It is served as before.
     case stays
@@ -133,14 +133,17 @@ final class GuestSession: Sendable {
   ///   then. Without an end to the time, what cannot be filled stays served.
   func detach(isOver: () -> Bool) -> Detachment {
     pager.stopFill()
-    while !pager.hasEnded, !isFilled {
+    while !pager.hasEnded {
+      // What is there is counted when a filling is over, and not before: it looks at every page.
+      let isIdle = [.idle, .done].contains(pager.fillProgress.phase)
+      if isIdle, pager.isFilled { break }
       if isOver() {
         log.warning("not all of it was filled in time; what is missing is a memory error now")
         pager.stopFill()
-        return letGo() ? .cutShort : .stays
+        break
       }
-      if pager.fillProgress.phase == .idle || pager.fillProgress.phase == .done {
-        // The first time, or somebody ended it meanwhile.
+      if isIdle {
+        // The first time, or it was ended meanwhile.
         do {
           try pager.startFill([], rate: nil)
         } catch {
@@ -150,25 +153,20 @@ final class GuestSession: Sendable {
       }
       Pause.milliseconds(2)
     }
-    return letGo() ? .complete : .stays
+    return letGo()
   }
 
   /// Lets go of memory that may still be in use.
-  func letGo() -> Bool {
-    if let cache, pager.hasGuest {
-      cache.retire()
-      guard pager.detachClones() else {
-        log.warning("it stays: what the clone gave back cannot be made zeros")
-        return false
-      }
-    }
-    guard pager.hasEnded || isRight || pager.seal(isFilled: isFilled) else {
+  func letGo() -> Detachment {
+    if let cache, pager.hasGuest { cache.retire() }
+    switch pager.letGo() {
+    case .complete: return .complete
+    case .missing: return .cutShort
+    case .impossible:
       log.warning(
         "it stays: pages are missing, and this kernel cannot make them memory errors (Linux 6.6)")
-      return false
+      return .stays
     }
-    pager.release()
-    return true
   }
 
   /// Waits until a VMM that closed its connection is seen to have exited, if that is why: a clone
@@ -177,15 +175,6 @@ final class GuestSession: Sendable {
     guard cache != nil else { return }
     for _ in 0..<100 where pager.hasGuest { Pause.milliseconds(2) }
   }
-
-  /// Whether every page that has data was looked at.
-  private var isFilled: Bool {
-    let progress = pager.fillProgress
-    return progress.phase == .done && progress.total >= bytes
-  }
-
-  /// Whether every page that has data is there.
-  private var isRight: Bool { isFilled && pager.statistics.failedPages == 0 }
 
   /// Puts what was recorded into the image.
   func storeWorkingSet() throws -> Int {

@@ -90,7 +90,7 @@ final class Supervisor: Sendable {
       session.connection?.push(.ended(reason))
       session.awaitExit()
       // A process that goes on without the connection must not read zeros.
-      guard session.letGo() else { return park(session, reason) }
+      if case .stays = session.letGo() { return park(session, reason) }
       remove(session, reason)
     }
   }
@@ -103,7 +103,7 @@ final class Supervisor: Sendable {
 
   private func endParked() {
     let ended = parked.withLock { parked in
-      let index = parked.partition { $0.session.pager.hasEnded }
+      let index = parked.partition { !$0.session.pager.hasGuestMemory }
       defer { parked.removeSubrange(index...) }
       return Array(parked[index...])
     }

@@ -20,10 +20,16 @@ public final class HandedMemoryFile: Sendable {
   /// Takes a file over. That it is a memory file, of this page size and long enough, is for the
   /// caller to check.
   ///
+  /// It is opened anew, so that its owner cannot change how it is written to: with O_APPEND on the
+  /// open file that both have, pwrite(2) would put pages elsewhere. `permissionDenied` where its
+  /// mode forbids that (memfd_create(2) gives 0777).
+  ///
   /// - Parameter used: the bytes that will be written; whole pages.
   public init(
-    _ descriptor: consuming OwnedDescriptor, pageSize: PageSize, used: Range<Int>
+    _ received: consuming OwnedDescriptor, pageSize: PageSize, used: Range<Int>
   ) throws(Errno) {
+    let descriptor = try OwnedDescriptor(
+      openingForUpdate: FilePath("/proc/self/fd/\(received.rawValue)"))
     let alias: Mapping? =
       pageSize == .size4KiB
       ? nil
@@ -50,5 +56,10 @@ public final class HandedMemoryFile: Sendable {
       try unsafe GuardedCopy.write(
         bytes, to: alias.range.start.advanced(by: offset - aliasStart))
     }
+  }
+
+  /// Takes whole pages out of the page cache; see `PageCacheWriter.discard`.
+  func discard(offset: Int, length: Int) throws(Errno) {
+    try descriptor.punchHole(offset: offset, length: length)
   }
 }

@@ -63,4 +63,25 @@ public struct PageCacheWriter: ~Copyable, Sendable {
       try unsafe file.write(bytes, at: start + offset)
     }
   }
+
+  /// Takes whole pages out of the page cache: they are zero then, and take no memory.
+  ///
+  /// Needs the file's lock, which its owner may hold for as long as it likes.
+  public borrowing func discard(offset: Int, length: Int) throws(Errno) {
+    switch way {
+    case .file(let descriptor): try descriptor.punchHole(offset: offset, length: length)
+    case .alias(let alias): try alias.descriptor.punchHole(offset: offset, length: length)
+    case .handed(let file, let start): try file.discard(offset: start + offset, length: length)
+    }
+  }
+
+  /// Whether the file is another process's. Then UFFDIO_COPY goes first, which takes no lock of
+  /// the file, and has that process's memory cgroup pay for the page.
+  public var isHanded: Bool {
+    switch way {
+    case .handed: true
+    case .file: false
+    case .alias: false
+    }
+  }
 }

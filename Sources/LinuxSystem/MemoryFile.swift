@@ -64,9 +64,6 @@ public struct MemoryFile: ~Copyable, Sendable {
   /// Frees the pages of a range; they read as zero afterwards. No userfaultfd
   /// event is raised (unlike MADV_REMOVE).
   public borrowing func punchHole(offset: Int, length: Int) throws(Errno) {
-    let mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    _ = try retryingInterrupted {
-      clinux_fallocate(descriptor.rawValue, mode, off_t(offset), off_t(length))
-    }
+    try descriptor.punchHole(offset: offset, length: length)
   }
 }

@@ -74,4 +74,13 @@ extension OwnedDescriptor {
       }
     }
   }
+
+  /// Frees the blocks of a range, which reads as zero then; its length stays (fallocate(2),
+  /// FALLOC_FL_PUNCH_HOLE). No userfaultfd event is raised (unlike MADV_REMOVE).
+  public borrowing func punchHole(offset: Int, length: Int) throws(Errno) {
+    let mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    _ = try retryingInterrupted {
+      clinux_fallocate(rawValue, mode, off_t(offset), off_t(length))
+    }
+  }
 }

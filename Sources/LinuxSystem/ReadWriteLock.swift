@@ -41,4 +41,31 @@ public struct ReadWriteLock: ~Copyable, @unchecked Sendable {
     defer { unsafe pthread_rwlock_unlock(lock) }
     return try body()
   }
+
+  /// Runs `body` together with other readers, or, when a thread has held the lock for too long,
+  /// without it: `body` is told whether it is held. For what has to come to an end also where a
+  /// thread is stuck in the kernel with the lock.
+  ///
+  /// - Parameter patience: nanoseconds.
+  public borrowing func read<Value, Failure: Error>(
+    patience: UInt64, _ body: (_ isHeld: Bool) throws(Failure) -> Value
+  ) throws(Failure) -> Value {
+    let deadline = MonotonicClock.nanoseconds &+ patience
+    var isHeld = unsafe pthread_rwlock_tryrdlock(lock) == 0
+    while !isHeld, MonotonicClock.nanoseconds < deadline {
+      usleep(200)
+      isHeld = unsafe pthread_rwlock_tryrdlock(lock) == 0
+    }
+    defer { if isHeld { unsafe pthread_rwlock_unlock(lock) } }
+    return try body(isHeld)
+  }
+
+  /// Runs `body` alone, if that can be had at once; `nil` where it cannot.
+  public borrowing func tryWrite<Value, Failure: Error>(
+    _ body: () throws(Failure) -> Value
+  ) throws(Failure) -> Value? {
+    guard unsafe pthread_rwlock_trywrlock(lock) == 0 else { return nil }
+    defer { unsafe pthread_rwlock_unlock(lock) }
+    return try body()
+  }
 }

@@ -16,7 +16,7 @@ public struct FillProgress: Sendable, Hashable {
     case replaying
     /// The rest, as fast as its limit and the guest's faults allow.
     case filling
-    /// All is there but what has no right content.
+    /// All is there but what has no right content; with a rate of 0, the working set.
     case done
   }
   /// What it is doing.
@@ -47,6 +47,9 @@ final class BackgroundFill: Sendable {
   private let state = Monitor(State())
 
   var progress: FillProgress { state.withLock { $0.progress } }
+
+  /// Whether the thread is to end.
+  var isStopping: Bool { state.withLock { $0.isStopping } }
 
   /// Whether the thread may be started; then it is to run.
   func claim(total: Int) -> Bool {
@@ -144,7 +147,10 @@ extension PagerSession {
   }
 
   /// Ends the filling in the background; what is there stays.
-  public func stopFill() { background.stop(patience: options.sourceTimeout) }
+  public func stopFill() { background.stop(patience: Self.fillPatience) }
+
+  /// How long a stop waits for a piece that is being read, in nanoseconds.
+  static var fillPatience: UInt64 { 5_000_000_000 }
 
   private var fillCounters: WorkerSlot { counters[counters.count - 1] }
 
@@ -162,6 +168,21 @@ extension PagerSession {
   private func fillRest(
     _ plan: ReplayPlan, rate: Int, _ bench: borrowing Workbench
   ) -> Bool {
+    guard !plan.isEmpty else { return !isStopping }
+    guard fillOnce(plan, rate: rate, bench, isFirst: true) else { return false }
+    // Nothing is done while a page waits for its source, or was given back.
+    while !isFilled {
+      background.pause(20_000_000)
+      guard !isStopping, !hasEnded, background.advance(0, .filling),
+        fillOnce(plan, rate: rate, bench, isFirst: false)
+      else { return false }
+    }
+    return true
+  }
+
+  private func fillOnce(
+    _ plan: ReplayPlan, rate: Int, _ bench: borrowing Workbench, isFirst: Bool
+  ) -> Bool {
     var faults = faultTally
     var due = MonotonicClock.nanoseconds
     for window in (0..<plan.windowCount).lazy.map(plan.window) {
@@ -176,7 +197,8 @@ extension PagerSession {
       let before = fillCounters.counters.populatedPages.load(ordering: .relaxed)
       populate(window, of: plan, bench, fillCounters.counters, isReplay: false)
       let pages = fillCounters.counters.populatedPages.load(ordering: .relaxed) - before
-      guard background.advance(plan.bytes(of: window), .filling), !isStopping else { return false }
+      guard background.advance(isFirst ? plan.bytes(of: window) : 0, .filling), !isStopping
+      else { return false }
       guard rate > 0, pages > 0 else { continue }
       let bytes = Double(pages) * Double(regions[window.region].pageSize.bytes)
       let now = MonotonicClock.nanoseconds

@@ -165,7 +165,7 @@ extension PagerSession {
       // Zeros take no room in the cache.
       cache.giveBack(pages)
       if !fillsZeros {
-        giveBack(region, pages)
+        leaveZero(region, pages)
         return .settled(run.count)
       }
       return installPrivately(run, first, isClaimed: isClaimed, region, bench, counters)
@@ -218,7 +218,7 @@ extension PagerSession {
       let done = resolution.bytesDone / region.pageSize.bytes
       let mapped = pages.lowerBound..<pages.lowerBound + done
       share.note(mapped)
-      region.states.fill(mapped, with: .present)
+      region.states.take(.fill, mapped)
       counters.continuedPages.add(UInt64(done))
       return done
     }

@@ -14,6 +14,7 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   private let slot: PagerSession<Source>.WorkerSlot
   private var queue: FaultQueue
   private var streams = AccessStreams()
+  private var doubts = DoubtfulPages()
   /// What is to be filled ahead of the guest when no fault waits.
   private var ahead: (region: Int, pages: Range<Int>) = (0, 0..<0)
   /// When the last batch was read.
@@ -34,49 +35,76 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   /// Whether there is something to fill ahead of the guest.
   var hasAhead: Bool { !ahead.pages.isEmpty }
 
-  /// Resolves what was read, until nothing is left.
-  mutating func serve(_ events: inout EventBuffer, _ bench: borrowing Workbench) {
+  /// Resolves what was read, until nothing is left, or the turn is over.
+  ///
+  /// An event that stands before a resolution is read in between. A guest that gives memory back
+  /// without an end has always another one: what does not get on is left for the next turn.
+  mutating func serve(
+    _ events: inout EventBuffer, _ bench: borrowing Workbench, until end: UInt64 = .max
+  ) {
     var fruitless = 0
-    while let entry = queue.popFirst() {
-      var window = 1
-      let outcome: FaultOutcome
-      if let address = session.memory.original(of: entry.fault.address) {
-        var fault = entry.fault
-        fault.address = address
-        window = self.window(for: fault)
-        outcome = session.resolve(fault, window: window, bench: bench, counters: slot.counters)
-      } else {
-        outcome = session.refuse(entry.fault, slot.counters)
-      }
-      switch outcome {
-      case .resolved:
-        slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- entry.received)
-        fruitless = 0
-      case .deferred:
-        session.lane.take(
-          SourceLane<Source>.Job(
-            address: session.memory.original(of: entry.fault.address) ?? entry.fault.address,
-            window: window, received: entry.received),
-          of: session)
-        slot.counters.deferredFaults.add()
-        fruitless = 0
+    while !session.isStopping, let entry = queue.popFirst() {
+      switch resolve(entry, bench) {
+      case .ended: return
       case .retry:
-        // An event stands before the resolution: read it, then try again.
         slot.counters.retries.add()
-        if queue.room > Self.eventRoom {
-          queue.append(entry)
-        } else {
-          // Room for the event goes first; woken, the thread faults again.
-          let start = HostAddress(entry.fault.address.rawValue & ~4095)
-          try? session.memory.userfaultfd.wake(HostRange(start: start, length: 4096))
-        }
+        // There is room: it was just taken out.
+        queue.append(entry)
         fruitless += 1
-        if fruitless > 64 { Pause.microseconds(50) } else { Pause.yield() }
+        if fruitless > Self.fruitlessLimit {
+          guard end == .max else { return }
+          Pause.microseconds(50)
+        }
         readEvents(&events)
-      case .ended:
-        return
+      default: fruitless = 0
       }
+      guard end == .max || MonotonicClock.nanoseconds < end else { return }
     }
+  }
+
+  /// Attempts in a row that events stood before, of which each takes 100 µs.
+  private static var fruitlessLimit: Int { 4 }
+
+  /// Resolves one fault, or leaves it to the lane.
+  private mutating func resolve(
+    _ entry: FaultQueue.Entry, _ bench: borrowing Workbench
+  ) -> FaultOutcome {
+    guard let address = session.memory.original(of: entry.fault.address) else {
+      return session.refuse(entry.fault, slot.counters)
+    }
+    var fault = entry.fault
+    fault.address = address
+    let window = self.window(for: fault)
+    var job = SourceLane<Source>.Job(
+      address: address, window: window, received: entry.received)
+    let outcome = session.resolve(fault, window: window, bench: bench, counters: slot.counters)
+    switch outcome {
+    case .resolved:
+      slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- entry.received)
+    case .deferred:
+      session.lane.take(job, of: session)
+      slot.counters.deferredFaults.add()
+    case .doubtful:
+      guard doubts.isRepeated(address, at: entry.received) else {
+        wake(entry)
+        break
+      }
+      job.isClaimed = false
+      session.lane.take(job, of: session)
+      slot.counters.deferredFaults.add()
+    case .foreign: return session.refuse(entry.fault, slot.counters)
+    case .retry, .ended: break
+    }
+    return outcome
+  }
+
+  /// Has whoever waits for a page look again.
+  private func wake(_ entry: FaultQueue.Entry) {
+    let size =
+      session.memory.original(of: entry.fault.address).flatMap { session.region(at: $0) }?
+      .pageSize ?? .size4KiB
+    let start = HostAddress(entry.fault.address.rawValue & ~UInt64(size.bytes - 1))
+    try? session.memory.userfaultfd.wake(HostRange(start: start, length: size.bytes))
   }
 
   // MARK: - Ahead of the guest
@@ -123,41 +151,54 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   /// Reads one batch. Events other than faults take effect before the gate opens, so
   /// whoever resolves a fault that was read later sees them.
   mutating func readEvents(_ events: inout EventBuffer) {
-    received = session.gate.write {
+    // Events go first where faults pile up that wait for them; woken, a thread faults again.
+    while queue.room < Self.eventRoom, let oldest = queue.popFirst() { wake(oldest) }
+    let session = session
+    let now = session.gate.write {
       do throws(Errno) {
         _ = try events.read(from: session.memory.userfaultfd)
       } catch {
         session.end(.failed(error))
       }
       let now = MonotonicClock.nanoseconds
-      while let event = events.pop() {
-        switch consume event {
-        case .pageFault(let fault):
-          if fault.flags.contains(.minor) {
-            slot.counters.minorFaults.add()
-          } else {
-            slot.counters.missingFaults.add()
-          }
-          queue.append(FaultQueue.Entry(fault: fault, received: now))
-        case .remove(let range):
-          slot.counters.removeEvents.add()
-          session.mark(range, as: .removed)
-        case .unmap(let range):
-          slot.counters.unmapEvents.add()
-          session.mark(range, as: .unmapped)
-        case .remap(let from, let to, let length):
-          slot.counters.remapEvents.add()
-          session.memory.move(from: from, to: to, length: length, regions: session.regions)
-        case .fork(let child):
-          slot.counters.forkEvents.add()
-          session.keep(child)
-        default:
-          // Not asked for by `PagerSession.features`; another creator's descriptor may
-          // send them, and serving on would put content at wrong addresses.
-          session.end(.failed(.notSupported))
-        }
-      }
+      while let event = events.pop() { take(event, at: now, of: session) }
       return now
+    }
+    received = now
+  }
+
+  /// The caller holds the gate alone.
+  private mutating func take(
+    _ event: consuming UserfaultEvent, at now: UInt64, of session: PagerSession<Source>
+  ) {
+    switch consume event {
+    case .pageFault(let fault):
+      guard !fault.flags.isProtection else {
+        // Nobody would resolve it, and the thread would fault for ever.
+        return session.end(.protectionFault)
+      }
+      if fault.flags.contains(.minor) {
+        slot.counters.minorFaults.add()
+      } else {
+        slot.counters.missingFaults.add()
+      }
+      queue.append(FaultQueue.Entry(fault: fault, received: now))
+    case .remove(let range):
+      slot.counters.removeEvents.add()
+      session.remove(range)
+    case .unmap(let range):
+      slot.counters.unmapEvents.add()
+      session.unmap(range)
+    case .remap(let from, let to, let length):
+      slot.counters.remapEvents.add()
+      session.move(from: from, to: to, length: length)
+    case .fork(let child):
+      slot.counters.forkEvents.add()
+      session.keep(child)
+    default:
+      // Not asked for by `PagerSession.features`; another creator's descriptor may
+      // send them, and serving on would put content at wrong addresses.
+      session.end(.failed(.notSupported))
     }
   }
 }

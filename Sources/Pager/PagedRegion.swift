@@ -42,6 +42,9 @@ public final class PagedRegion: Sendable {
   let share: CloneShare?
   /// Where stage-2 faults put their pages; `nil` where there are none.
   let populator: PageCacheWriter?
+  /// Parts of pages that the guest gave up before they were filled; `nil` where an event is of
+  /// whole pages at least.
+  let holes: BlockHoles?
 
   /// The whole of a memory object of this process.
   ///
@@ -60,6 +63,7 @@ public final class PagedRegion: Sendable {
     self.sourceRegion = sourceRegion
     self.sourceOffset = sourceOffset
     self.mode = mode
+    holes = try Self.makeHoles(pages: states.pageCount, pageSize)
     self.states = states
     share = nil
     switch mode {
@@ -89,6 +93,7 @@ public final class PagedRegion: Sendable {
     self.sourceRegion = sourceRegion
     self.sourceOffset = sourceOffset
     mode = memory == nil ? .missing : .minor
+    holes = try Self.makeHoles(pages: states.pageCount, pageSize)
     cache = writer
     share = nil
     populator = nil
@@ -113,6 +118,13 @@ public final class PagedRegion: Sendable {
     mode = .missing
     self.cache = nil
     populator = nil
+    // The kernel gives up whole pages of a private mapping only (mm/madvise.c,
+    // madvise_dontneed_free_valid_vma).
+    holes = nil
+  }
+
+  private static func makeHoles(pages: Int, _ pageSize: PageSize) throws(Errno) -> BlockHoles? {
+    pageSize == .size4KiB ? nil : try BlockHoles(pages: pages, pageSize: pageSize)
   }
 
   var registration: RegistrationModes {
@@ -145,5 +157,47 @@ public final class PagedRegion: Sendable {
     guard start < end else { return 0..<0 }
     let last = (host.start.distance(to: end) + pageSize.bytes - 1) / pageSize.bytes
     return page(of: start)..<last
+  }
+
+  /// The pages that lie inside of a range of addresses as a whole.
+  func wholePages(in range: HostRange) -> Range<Int> {
+    let start = max(range.start, host.start)
+    let end = min(range.end, host.end)
+    guard start < end else { return 0..<0 }
+    let first = (host.start.distance(to: start) + pageSize.bytes - 1) / pageSize.bytes
+    return first..<max(first, host.start.distance(to: end) / pageSize.bytes)
+  }
+
+  /// Notes what the guest gave up. The caller holds the gate alone.
+  ///
+  /// Of a page of which only a part is given up the rest keeps its content: what is there already
+  /// is the kernel's to change, what is not filled yet gets its zeros when it is.
+  func remove(_ range: HostRange) {
+    let whole = wholePages(in: range)
+    states.take(.remove, whole)
+    share?.release(whole)
+    guard let holes else { return }
+    let touched = pages(in: range)
+    guard let first = touched.first, let last = touched.last else { return }
+    // Only the two at its ends can be covered in part.
+    remove(range, ofPage: first, holes, whole)
+    if last != first { remove(range, ofPage: last, holes, whole) }
+  }
+
+  private func remove(
+    _ range: HostRange, ofPage page: Int, _ holes: BlockHoles, _ whole: Range<Int>
+  ) {
+    guard !whole.contains(page), !states.load(page).isSettled else { return }
+    let start = host.start.advanced(by: page * pageSize.bytes)
+    let blocks = start.distance(to: range.start) / 4096..<start.distance(to: range.end) / 4096
+    if holes.add(blocks, ofPage: page) { states.take(.remove, page) }
+  }
+
+  /// Notes what is not mapped any more, also of pages of which that is a part: what is left of one
+  /// can be had no more. The kernel unmaps whole pages only. The caller holds the gate alone.
+  func unmap(_ range: HostRange) {
+    let pages = pages(in: range)
+    states.take(.unmap, pages)
+    share?.release(pages)
   }
 }

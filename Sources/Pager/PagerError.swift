@@ -7,7 +7,7 @@ public import SystemPackage
 public struct PagerError: Error, Sendable, CustomStringConvertible {
   /// The kind of failure. A struct, so that kinds can be added.
   public struct Code: Hashable, Sendable {
-    private enum Kind { case invalidRegion, registration, resources, damagedPages, ended }
+    private enum Kind { case invalidRegion, registration, resources, damagedPages, ended, stopped }
     private let kind: Kind
     private init(_ kind: Kind) { self.kind = kind }
 
@@ -21,6 +21,8 @@ public struct PagerError: Error, Sendable, CustomStringConvertible {
     public static let damagedPages = Self(.damagedPages)
     /// The session has ended, or its guest is gone.
     public static let ended = Self(.ended)
+    /// It was stopped before all pages were there.
+    public static let stopped = Self(.stopped)
   }
 
   /// The kind of failure.

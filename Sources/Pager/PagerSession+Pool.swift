@@ -48,17 +48,22 @@ final class PooledSession<Source: PageSource>: PooledGuest {
 }
 
 extension FaultServer {
-  /// One batch of events, or else one piece ahead of the guest.
+  /// How long a session has a shared thread at a time, but for the resolution that is under way
+  /// then: 1 ms.
+  static var turnLength: UInt64 { 1_000_000 }
+
+  /// One batch of events and as many resolutions as the turn has time for, or else one piece ahead
+  /// of the guest.
   ///
-  /// - Returns: whether there is more to fill ahead.
+  /// - Returns: whether there is more to do.
   mutating func turn(_ events: inout EventBuffer, _ bench: borrowing Workbench) -> Bool {
     readEvents(&events)
     if hasFaults {
-      serve(&events, bench)
+      serve(&events, bench, until: received &+ Self.turnLength)
     } else if hasAhead {
       fillAhead(&events, bench)
     }
-    return hasAhead
+    return hasFaults || hasAhead
   }
 }
 

@@ -14,18 +14,40 @@ extension PagerSession {
 
   /// Fills every absent page that has data; returns when all of them are there.
   ///
-  /// Zero pages stay absent: a touch resolves them, and after `release` they read as
+  /// Zero pages stay as they are: a touch resolves them, and after `release` they read as
   /// zero by themselves. Pages without right content are poisoned and listed in
   /// `failures`. While a guest runs, the session must be started.
+  ///
+  /// Throws `.damagedPages` after filling the others, and `.stopped` where the session was stopped
+  /// meanwhile.
   ///
   /// - Parameter progress: called from the filling threads with bytes done and bytes in
   ///   all.
   public func populate(
     progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(PagerError) {
-    try fill(
-      ReplayPlan(all: regions) { max(1, Self.chunkLength / $0.pageSize.bytes) }, isReplay: false,
-      progress: progress)
+    let failed = statistics.failedPages
+    let plan = ReplayPlan(all: regions) { max(1, Self.chunkLength / $0.pageSize.bytes) }
+    try fill(plan, isReplay: false, progress: progress)
+    // What another thread had claimed, and may give back.
+    while !isFilled {
+      guard !isStopping else {
+        throw PagerError(.stopped, "the session was stopped before all pages were there")
+      }
+      Pause.microseconds(1000)
+      try fill(plan, isReplay: false, progress: nil)
+    }
+    try throwIfDamaged(since: failed)
+  }
+
+  /// Throws where pages turned out to have no right content.
+  func throwIfDamaged(since failed: UInt64) throws(PagerError) {
+    let damaged = statistics.failedPages - failed
+    guard damaged > 0 else { return }
+    throw PagerError(
+      .damagedPages,
+      "\(damaged) pages have no right content; they were "
+        + (canPoison ? "poisoned" : "left out, and a touch waits"))
   }
 
   /// Fills the windows of a plan in their order with several threads, each taking the next one.
@@ -37,7 +59,6 @@ extension PagerSession {
     isReplaying.store(isReplay, ordering: .relaxed)
     defer { isReplaying.store(false, ordering: .relaxed) }
     let total = plan.bytes
-    let failed = statistics.failedPages
     let tally = PopulateTally()
     var threads: [ThreadBox] = []
     do throws(Errno) {
@@ -62,13 +83,6 @@ extension PagerSession {
     // Where nobody serves, nobody else tells of what was found.
     reports.deliverHere()
     if let error = endError { throw error }
-    let damaged = statistics.failedPages - failed
-    guard damaged == 0 else {
-      throw PagerError(
-        .damagedPages,
-        "\(damaged) pages have no right content; they were "
-          + (canPoison ? "poisoned" : "left out, and a touch waits"))
-    }
   }
 
   /// Fills the wanted pages of a window.
@@ -94,7 +108,7 @@ extension PagerSession {
       let limit = min(piece, pages.upperBound - page)
       var claimed = region.states.claim(from: page, limit: limit)
       if claimed == 0 {
-        page += 1
+        page = region.states.first(.absent, in: page..<pages.upperBound) ?? pages.upperBound
         continue
       }
       while claimed > 0 {
@@ -133,14 +147,14 @@ extension PagerSession {
     {
       // hugetlbfs has no ZEROPAGE: its pages of zeros come by themselves.
       if run.isZero, !isReplay || region.pageSize != .size4KiB {
-        giveBack(region, first..<(first + run.count))
+        leaveZero(region, first..<(first + run.count))
         return run.count
       }
       let installed = installRun(first, run, region, bench, counters)
       counters.populatedPages.add(UInt64(installed))
       if installed > 0 { return installed }
     }
-    settle(region.range(of: first).start, window: 1, bench, counters)
+    settleClaimed(first, window: 1, region, bench, counters)
     if region.states.load(first) == .present { counters.populatedPages.add() }
     return 1
   }

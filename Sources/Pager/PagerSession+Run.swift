@@ -99,28 +99,25 @@ extension PagerSession {
       while length < run.count, region.states.load(first + length) == .filling { length += 1 }
       guard length > 0 else { return 0 }
       let range = region.range(of: first, count: length)
-      // SAFETY: the bench holds at least `length` pages from `first` on.
-      let resolution =
-        run.isZero
-        ? memory.zeropage(range)
-        : unsafe fillRange(from: bench.pointer, range, first, region)
+      let resolution: Resolution
+      var call = Finding.Call.zeropage
+      if run.isZero {
+        resolution = memory.zeropage(range)
+      } else {
+        // SAFETY: the bench holds at least `length` pages from `first` on.
+        unsafe region.holes?.clear(first..<first + length, in: bench.pointer)
+        (resolution, call) = unsafe fillRange(
+          from: bench.pointer, range, first, region, waits: bench.waits)
+      }
       let done = resolution.bytesDone / region.pageSize.bytes
-      region.states.fill(first..<(first + done), with: .present)
-      switch region.mode {
-      case _ where run.isZero: counters.zeroPages.add(UInt64(done))
-      case .missing: counters.copiedPages.add(UInt64(done))
-      case .minor: counters.continuedPages.add(UInt64(done))
+      region.states.take(.fill, first..<(first + done))
+      switch call {
+      case .zeropage: counters.zeroPages.add(UInt64(done))
+      case .continue: counters.continuedPages.add(UInt64(done))
+      default: counters.copiedPages.add(UInt64(done))
       }
       return done
     }
-  }
-
-  /// Claims that were not used: the pages are absent again, and whoever faulted on them
-  /// meanwhile faults anew.
-  func giveBack(_ region: PagedRegion, _ pages: Range<Int>) {
-    guard !pages.isEmpty else { return }
-    for page in pages { _ = region.states.exchange(page, from: .filling, to: .absent) }
-    memory.wake(region.range(of: pages.lowerBound, count: pages.count))
   }
 
   // MARK: - Fault-around
@@ -173,10 +170,8 @@ extension PagerSession {
   ) -> Int {
     let room = max(1, min(bench.length, Self.pieceLength) / region.pageSize.bytes)
     var first = pages.lowerBound
-    while region.states.load(first) != .absent {
-      first += 1
-      guard first < pages.upperBound else { return first }
-    }
+    guard let absent = region.states.first(.absent, in: pages) else { return pages.upperBound }
+    first = absent
     let limit = min(room, pages.upperBound - first)
     if let share = region.share {
       guard region.states.claim(from: first, limit: 1) == 1 else { return first + 1 }

@@ -6,49 +6,134 @@ internal import SystemPackage
 internal import Userfault
 
 extension PagerSession {
+  private static var sealedAtOnce: Int { 512 }
+  /// How long what has to come to an end waits for a thread that holds the gate, in nanoseconds. A
+  /// guest can keep a thread in the kernel: what is then told too much is an error, never content.
+  static var gatePatience: UInt64 { 1_000_000_000 }
+
   /// Makes a touch of each page without content a memory error (UFFDIO_POISON), so that none of
   /// them turns into zeros when the session lets go of memory that is in use. What the guest gave
-  /// back is zero as before. Pages that are being filled come yet.
+  /// back is zero as before. Pages that are being filled are passed over.
   ///
-  /// Call it while the session serves, and `release` after it. It takes about 50 ns a page, and
-  /// nothing for memory that is gone.
-  ///
-  /// - Parameter isFilled: all that has data was filled (`populate`, `startFill`), so what is
-  ///   absent is zero: only pages without right content are meant.
-  /// - Returns: `false` where the kernel cannot (before Linux 6.6), or a page is left: keep the
-  ///   session, and with it the userfaultfd, until the process has ended.
-  public func seal(isFilled: Bool = false) -> Bool {
-    guard memory.userfaultfd.features.contains(.poison) else { return false }
+  /// - Returns: `false` where a page is left for which the kernel refused it.
+  func seal() -> Bool {
     var isSealed = true
     for region in regions {
       var page = 0
-      while page < region.pageCount {
-        let claimed =
-          isFilled ? 0 : region.states.claim(from: page, limit: Self.sealedAtOnce)
-        if claimed > 0 {
-          isSealed = seal(page..<page + claimed, region) && isSealed
-          page += claimed
-        } else {
-          // One that is known to be bad and was not poisoned is poisoned now.
-          if region.states.load(page) == .poisoned, !canPoison {
-            isSealed = seal(page..<page + 1, region) && isSealed
-          }
-          page += 1
+      while let absent = region.states.first(.absent, in: page..<region.pageCount) {
+        let claimed = region.states.claim(from: absent, limit: Self.sealedAtOnce)
+        isSealed = seal(absent..<absent + claimed, region) && isSealed
+        page = absent + max(1, claimed)
+      }
+    }
+    return sealFailed() && isSealed
+  }
+
+  /// The same once nobody serves: also for pages that a thread which is stuck has claimed.
+  func sealUnserved() -> Bool {
+    // Each time some were given back meanwhile; a thread that comes back does so once.
+    for _ in 0..<16 {
+      guard !isFilled else { break }
+      for region in regions {
+        var page = 0
+        while let filling = region.states.first(.filling, in: page..<region.pageCount) {
+          guard seal(filling..<filling + 1, region) else { return false }
+          page = filling + 1
+        }
+      }
+      guard seal() else { return false }
+    }
+    return isFilled && sealFailed()
+  }
+
+  /// Pages that are known to be bad, and were not poisoned, are poisoned now.
+  private func sealFailed() -> Bool {
+    guard !canPoison else { return true }
+    for region in regions {
+      var page = 0
+      while let failed = region.states.first(.poisoned, in: page..<region.pageCount) {
+        guard seal(failed..<failed + 1, region) else { return false }
+        page = failed + 1
+      }
+    }
+    return true
+  }
+
+  /// Poisons pages that are claimed, or have no right content.
+  private func seal(_ pages: Range<Int>, _ region: PagedRegion) -> Bool {
+    var first = pages.lowerBound
+    var attempts = 0
+    var events = EventBuffer()
+    while first < pages.upperBound {
+      let (finding, done) = gate.read(patience: Self.gatePatience) { _ in
+        poison(first..<pages.upperBound, region)
+      }
+      first += done
+      switch finding {
+      // One that an event settled meanwhile is passed over.
+      case nil: first += 1
+      case .done: break
+      case .there, .unregistered:
+        memory.wake(region.range(of: first))
+        first += 1
+      case .noGuest: return true
+      case .changing where done > 0: break
+      case .changing where attempts < 10_000, .shortage where attempts < 100:
+        attempts += 1
+        if isStopping { dropOne(&events) }
+        Pause.microseconds(100)
+      default:
+        giveBack(region, first..<pages.upperBound)
+        return false
+      }
+    }
+    return true
+  }
+
+  /// Poisons the first run of pages that are claimed, or have no right content; how many. The
+  /// caller holds the gate.
+  private func poison(_ pages: Range<Int>, _ region: PagedRegion) -> (Finding?, Int) {
+    let first = pages.lowerBound
+    func isMeant(_ page: Int) -> Bool { [.filling, .poisoned].contains(region.states.load(page)) }
+    let end = pages.first { !isMeant($0) } ?? pages.upperBound
+    guard end > first else { return (nil, 0) }
+    let resolution = memory.poison(region.range(of: first, count: end - first))
+    let done = resolution.bytesDone / region.pageSize.bytes
+    region.states.take(.fail, first..<first + done)
+    let finding = Finding(resolution, of: .poison, on: region.pageSize)
+    switch finding {
+    // There all the same, such as a page of zeros that the kernel put there.
+    case .there where done == 0: region.states.take(.findThere, first)
+    case .unregistered where done == 0: region.states.take(.unmap, first)
+    default: break
+    }
+    return (finding, done)
+  }
+
+  /// Reads what stands before a resolution when nobody serves.
+  private func dropOne(_ events: inout EventBuffer) {
+    _ = gate.tryWrite {
+      guard (try? events.read(from: memory.userfaultfd)) != nil else { return }
+      while let event = events.pop() {
+        switch consume event {
+        case .remove(let range): remove(range)
+        case .unmap(let range): unmap(range)
+        case .remap(let from, let to, let length): move(from: from, to: to, length: length)
+        // It waits until its range is unregistered.
+        default: break
         }
       }
     }
-    return isSealed
   }
 
   /// Has clones go on without the session. A page that nobody watches and that is not mapped is
   /// the cache's: so what they gave back is made zeros in place, and the caches take no page out
   /// any more, for as long as they live. Nothing is done where no region is a clone's.
   ///
-  /// Call it while the session serves, then `seal`, then `release`. What a clone gives back later
-  /// has the image's content when it is touched again.
+  /// What a clone gives back later has the image's content when it is touched again.
   ///
   /// - Returns: `false` when a page is left: keep the session until the process has ended.
-  public func detachClones() -> Bool {
+  func detachClones() -> Bool {
     let clones = regions.filter { $0.share != nil }
     guard !clones.isEmpty else { return true }
     for region in clones { region.share?.cache.retire() }
@@ -64,65 +149,59 @@ extension PagerSession {
   /// Puts zeros where a clone gave pages back and has not touched them since.
   private func putZeros(_ region: PagedRegion, _ bench: borrowing Workbench) -> Bool {
     var (page, attempts) = (0, 0)
-    while page < region.pageCount {
-      // Under the gate: an event that was read is in the states.
-      let resolution = gate.read { () -> Resolution? in
-        let end = min(page + Self.sealedAtOnce, region.pageCount)
-        while page < end, region.states.load(page) != .removed { page += 1 }
-        var count = 0
-        while page + count < end, region.states.load(page + count) == .removed { count += 1 }
-        guard count > 0 else { return nil }
-        return region.pageSize == .size4KiB
-          ? memory.zeropage(region.range(of: page, count: count))
-          // hugetlbfs has no ZEROPAGE. SAFETY: the bench is as long as a page, and new: zeros.
-          : unsafe memory.copy(from: bench.pointer, to: region.range(of: page))
-      }
-      guard let resolution else { continue }
-      page += resolution.bytesDone / region.pageSize.bytes
-      switch resolution.obstacle {
-      case nil, .partial: break
-      // It was touched.
-      case .alreadyPresent: page += 1
-      // It was unmapped.
-      case .notRegistered: page += 1
-      case .processGone: return true
-      case .mappingChanging where attempts < 10_000:
+    // Under the gate: an event that was read is in the states.
+    while let removed = gate.read(
+      patience: Self.gatePatience,
+      { _ in region.states.first(.removed, in: page..<region.pageCount) })
+    {
+      page = removed
+      let (finding, count) = putZeros(from: removed, region, bench, isFirst: attempts == 0)
+      page += count
+      switch finding {
+      case .done: attempts = 0
+      // It was touched, or unmapped.
+      case .there, .unregistered: (page, attempts) = (page + 1, 0)
+      case .noGuest: return true
+      case .changing where count > 0: break
+      case .changing where attempts < 10_000:
         attempts += 1
         Pause.microseconds(100)
+      case .shortage where attempts < 25:
+        attempts += 1
+        Pause.microseconds(Self.shortagePace)
+      case .shortage:
+        // There is no page to be had for it: it stays the error that POISON made of it.
+        region.states.take(.fail, removed)
+        (page, attempts) = (page + 1, 0)
       default: return false
       }
     }
     return true
   }
 
-  private static var sealedAtOnce: Int { 512 }
-
-  /// Poisons pages that are claimed, or have no right content.
-  private func seal(_ pages: Range<Int>, _ region: PagedRegion) -> Bool {
-    var first = pages.lowerBound
-    var attempts = 0
-    while first < pages.upperBound {
-      let range = region.range(of: first, count: pages.upperBound - first)
-      let resolution = gate.read {
-        let resolution = memory.poison(range)
-        let done = resolution.bytesDone / region.pageSize.bytes
-        region.states.fill(first..<first + done, with: .poisoned)
-        first += done
-        return resolution
+  /// Puts zeros into one page of hugetlbfs, or into the first run of smaller ones; how many.
+  private func putZeros(
+    from first: Int, _ region: PagedRegion, _ bench: borrowing Workbench, isFirst: Bool
+  ) -> (Finding, Int) {
+    gate.read(patience: Self.gatePatience) { _ in
+      guard region.pageSize != .size4KiB else {
+        var count = 1
+        while count < Self.sealedAtOnce, first + count < region.pageCount,
+          region.states.load(first + count) == .removed
+        { count += 1 }
+        let resolution = memory.zeropage(region.range(of: first, count: count))
+        return (
+          Finding(resolution, of: .zeropage, on: region.pageSize), resolution.bytesDone / 4096
+        )
       }
-      switch resolution.obstacle {
-      case nil, .partial: break
-      case .alreadyPresent:
-        // There all the same, such as a page of zeros that the kernel put there.
-        region.states.store(first, .present)
-        first += 1
-      case .notRegistered, .processGone: return true
-      case .mappingChanging where attempts < 10_000:
-        attempts += 1
-        Pause.microseconds(100)
-      default: return false
-      }
+      // hugetlbfs has no ZEROPAGE. SAFETY: the bench is as long as a page, and new: zeros.
+      let range = region.range(of: first)
+      let resolution = unsafe memory.copy(from: bench.pointer, to: range)
+      let finding = Finding(resolution, of: .copy, on: region.pageSize)
+      guard case .shortage = finding else { return (finding, finding == .done ? 1 : 0) }
+      // Whether it is there, POISON tells the first time; a later COPY goes over the error.
+      let probe = Finding(memory.poison(range), of: .poison, on: region.pageSize)
+      return (probe == .there && isFirst ? .there : finding, 0)
     }
-    return true
   }
 }

@@ -68,7 +68,9 @@ extension PagerSession {
     _ plan: ReplayPlan, progress: (@Sendable (_ done: Int, _ total: Int) -> Void)? = nil
   ) throws(PagerError) {
     // Where one thread ends and another goes on, both decompress the chunk that lies there.
+    let failed = statistics.failedPages
     try fill(plan.joined(upTo: 1 << 20), isReplay: true, progress: progress)
+    try throwIfDamaged(since: failed)
   }
 
   /// Brings the pages of a working set that the session has.

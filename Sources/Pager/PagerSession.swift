@@ -34,6 +34,10 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let gate = ReadWriteLock()
   let lane: SourceLane<Source>
   let background = BackgroundFill()
+  /// Since when pages cannot be had for want of memory; 0 when the last one was had.
+  let shortSince = Atomic<UInt64>(0)
+  /// `PagerOptions.sourceTimeout`, at most a year: sums with it do not overflow.
+  let sourceTimeout: UInt64
   /// Whether a working set is being brought: what lies around a fault is wanted, too, then.
   let isReplaying = Atomic<Bool>(false)
   let stopSign: EventDescriptor
@@ -46,7 +50,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
   private let lifecycle = Mutex(())
 
   /// Why a session serves no more.
-  enum End: Sendable { case processGone, failed(Errno) }
+  enum End: Sendable { case processGone, failed(Errno), protectionFault, movedTooOften }
 
   /// What serves the session.
   struct Serving {
@@ -116,9 +120,10 @@ public final class PagerSession<Source: PageSource>: Sendable {
     self.options = options
     self.process = WatchedProcess(process)
     reports = Self.makeReports(options, self.process)
+    sourceTimeout = min(options.sourceTimeout, 365 * 86_400 * 1_000_000_000)
     let threads = options.faultThreads + options.populateThreads + options.stageTwoThreads
     lane = SourceLane(
-      threads: options.sourceThreads, timeout: options.sourceTimeout, firstCounters: threads)
+      threads: options.sourceThreads, timeout: sourceTimeout, firstCounters: threads)
     // And the lane's watch, and the filling in the background.
     counters = (0..<(threads + options.sourceThreads + 2)).map { _ in WorkerSlot() }
   }
@@ -213,7 +218,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
       }
       serving?.end()
       lane.stop(self)
-      background.stop(patience: options.sourceTimeout)
+      background.stop(patience: Self.fillPatience)
       let children = state.withLock { state in
         defer { state.children = [] }
         return state.children
@@ -223,31 +228,6 @@ public final class PagerSession<Source: PageSource>: Sendable {
       if let serving, serving.ownsReporter { serving.reporter.stop() }
     }
     reports.awaitDelivery(Self.callbackPatience)
-  }
-
-  /// Stops, unregisters all regions and wakes everyone who still waits.
-  ///
-  /// Absent pages read as zero from here on, so call it when no guest uses the memory
-  /// any more, or when `populate` has filled it all without an error.
-  public func release() {
-    stop()
-    // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
-    for region in regions { memory.unregister(region.host) }
-    if !hasEnded { dropEvents() }
-  }
-
-  /// Reads what was raised since the threads ended: whoever gave memory back, or moved it,
-  /// meanwhile waits until that is read.
-  private func dropEvents() {
-    var events = EventBuffer()
-    var quiet = 0
-    // One that was under way when its range was unregistered comes a moment later.
-    while quiet < 4 {
-      guard let count = try? events.read(from: memory.userfaultfd) else { return }
-      while events.pop() != nil {}
-      quiet = count > 0 ? 0 : quiet + 1
-      if count == 0 { Pause.microseconds(250) }
-    }
   }
 
   /// Whether the fault threads are to end.
@@ -287,6 +267,28 @@ public final class PagerSession<Source: PageSource>: Sendable {
     case nil: nil
     case .processGone: PagerError(.ended, "the guest's process is gone")
     case .failed(let errno): PagerError(.ended, "the userfaultfd failed", errno: errno)
+    case .protectionFault:
+      PagerError(
+        .ended,
+        "the memory is write-protected, and such faults are not served: register it "
+          + "without WP, or with WP_ASYNC")
+    case .movedTooOften:
+      PagerError(
+        .ended, "mremap(2) cut the memory into more than \(WatchedMemory.pieceLimit) pieces")
+    }
+  }
+
+  /// Notes that memory was moved. The caller holds the gate alone.
+  func move(from: HostAddress, to: HostAddress, length: Int) {
+    guard let cuts = memory.move(from: from, to: to, length: length, regions: regions) else {
+      return end(.movedTooOften)
+    }
+    // The kernel moves whole pages only; what was cut apart is no page any more.
+    for cut in cuts {
+      guard let region = region(at: cut),
+        !region.pageSize.divides(region.host.start.distance(to: cut))
+      else { continue }
+      region.states.take(.unmap, region.page(of: cut))
     }
   }
 
@@ -328,14 +330,21 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// The region that holds an address.
   func region(at address: HostAddress) -> PagedRegion? { numberedRegion(at: address)?.region }
 
-  /// The region that holds an address: binary search, for a VMM can have hundreds.
+  /// The region that holds an address, and its number.
   func numberedRegion(at address: HostAddress) -> (number: Int, region: PagedRegion)? {
+    let number = firstRegion(endingAfter: address)
+    guard number < regions.count, regions[number].host.contains(address) else { return nil }
+    return (number, regions[number])
+  }
+
+  /// The number of the first region that ends after an address: binary search, for a VMM can have
+  /// hundreds.
+  func firstRegion(endingAfter address: HostAddress) -> Int {
     var (low, high) = (0, regions.count)
     while low < high {
       let middle = (low + high) / 2
       if regions[middle].host.end <= address { low = middle + 1 } else { high = middle }
     }
-    guard low < regions.count, regions[low].host.contains(address) else { return nil }
-    return (low, regions[low])
+    return low
   }
 }

@@ -24,6 +24,8 @@ public struct PagerStatistics: Sendable {
   public var deferredFaults: UInt64 = 0
   /// EEXIST: the page was there already; its waiters were woken.
   public var alreadyPresent: UInt64 = 0
+  /// Attempts to fill a page for which there was no memory.
+  public var shortages: UInt64 = 0
   /// EAGAIN: an event had to be read first.
   public var retries: UInt64 = 0
   /// Remove events (madvise).
@@ -58,6 +60,7 @@ public struct PagerStatistics: Sendable {
     coalescedFaults += other.coalescedFaults
     deferredFaults += other.deferredFaults
     alreadyPresent += other.alreadyPresent
+    shortages += other.shortages
     retries += other.retries
     removeEvents += other.removeEvents
     unmapEvents += other.unmapEvents
@@ -85,6 +88,7 @@ struct WorkerCounters: ~Copyable, Sendable {
   let coalescedFaults = Atomic<UInt64>(0)
   let deferredFaults = Atomic<UInt64>(0)
   let alreadyPresent = Atomic<UInt64>(0)
+  let shortages = Atomic<UInt64>(0)
   let retries = Atomic<UInt64>(0)
   let removeEvents = Atomic<UInt64>(0)
   let unmapEvents = Atomic<UInt64>(0)
@@ -106,6 +110,7 @@ struct WorkerCounters: ~Copyable, Sendable {
     total.coalescedFaults += coalescedFaults.load(ordering: .relaxed)
     total.deferredFaults += deferredFaults.load(ordering: .relaxed)
     total.alreadyPresent += alreadyPresent.load(ordering: .relaxed)
+    total.shortages += shortages.load(ordering: .relaxed)
     total.retries += retries.load(ordering: .relaxed)
     total.removeEvents += removeEvents.load(ordering: .relaxed)
     total.unmapEvents += unmapEvents.load(ordering: .relaxed)

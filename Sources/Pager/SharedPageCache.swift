@@ -130,7 +130,7 @@ public final class SharedPageCache: Sendable {
   func claim(from first: Int, limit: Int) -> Int { states.claim(from: first, limit: limit) }
 
   /// Gives claimed pages back unfilled.
-  func giveBack(_ pages: Range<Int>) { states.fill(pages, with: .absent) }
+  func giveBack(_ pages: Range<Int>) { states.take(.giveBack, pages) }
 
   /// Whether some other thread fills a page.
   func isBeingFilled(_ page: Int) -> Bool { states.load(page) == .filling }
@@ -160,7 +160,7 @@ public final class SharedPageCache: Sendable {
     // are this thread's.
     unsafe (alias.pointer + offset).copyMemory(from: bytes, byteCount: size)
     used.wrappingAdd(size, ordering: .relaxed)
-    states.fill(pages, with: .present)
+    states.take(.fill, pages)
     return true
   }
 
@@ -186,24 +186,24 @@ public final class SharedPageCache: Sendable {
 
   /// Takes a page out that no clone has.
   private func evict(_ page: Int) -> Bool {
-    guard holders.load(page) == 0, states.exchange(page, from: .present, to: .filling) else {
+    guard holders.load(page) == 0, states.take(.reclaim, page) else {
       return false
     }
     atomicMemoryFence(ordering: .sequentiallyConsistent)
     guard holders.load(page) == 0 else {
-      states.store(page, .present)
+      states.take(.fill, page)
       return false
     }
     do throws(Errno) {
       try file.punchHole(offset: page * pageSize.bytes, length: pageSize.bytes)
     } catch {
-      states.store(page, .present)
+      states.take(.fill, page)
       return false
     }
     used.wrappingSubtract(pageSize.bytes, ordering: .relaxed)
     evicted.wrappingAdd(1, ordering: .relaxed)
     budget?.noteEviction(pageSize.bytes)
-    states.store(page, .absent)
+    states.take(.giveBack, page)
     return true
   }
 }

@@ -13,9 +13,10 @@ internal import Userfault
 /// one watches them: a page that has waited for longer than the time limit is given up, whatever
 /// the thread that reads it is stuck in.
 final class SourceLane<Source: PageSource>: Sendable {
-  /// A page that a fault thread has claimed.
+  /// A page that a fault thread has claimed, or whose waiters are to look again after a while.
   struct Job {
     var address: HostAddress
+    var isClaimed = true
     /// As of `PagerSession.resolve`.
     var window: Int
     /// When its fault was read.
@@ -37,7 +38,15 @@ final class SourceLane<Source: PageSource>: Sendable {
     /// A thread that can be started.
     var freeThread: Int? { isRunning.firstIndex(of: false) }
     var liveCount: Int { zip(isRunning, isStuck).count { $0 && !$1 } }
+
+    /// Waits for none of the threads any more; what they have in hand.
+    mutating func abandonAll() -> [Job] {
+      defer { isStuck = isRunning }
+      return zip(active, isStuck).compactMap { job, isStuck in isStuck ? nil : job }
+    }
   }
+
+  private static var stopPatience: UInt64 { 5_000_000_000 }
 
   private enum Next {
     case job(Job)
@@ -104,7 +113,8 @@ final class SourceLane<Source: PageSource>: Sendable {
   }
 
   /// Ends the threads, when each is done with its page, and gives back what waits. Threads that
-  /// are stuck stay behind.
+  /// are stuck stay behind, also those that are not done after a while: their pages are given back,
+  /// and what they bring later finds its claim gone.
   func stop(_ session: PagerSession<Source>) {
     let waiting = state.withLock { state -> [Job] in
       state.isStopping = true
@@ -112,14 +122,24 @@ final class SourceLane<Source: PageSource>: Sendable {
       return state.queue
     }
     for job in waiting { giveBack(job, session) }
-    state.wait { $0.liveCount == 0 && !$0.isWatched ? () : nil }
+    let deadline = MonotonicClock.nanoseconds &+ min(timeout, Self.stopPatience)
+    let isDone: Void? = state.wait(until: deadline) { $0.liveCount == 0 ? () : nil }
+    if isDone == nil {
+      for job in state.withLock({ $0.abandonAll() }) { giveBack(job, session) }
+    }
+    // It looks at once when nothing lives any more.
+    state.wait { $0.isWatched ? nil : () }
     state.withLock { $0.isStopping = false }
   }
 
   private func giveBack(_ job: Job, _ session: PagerSession<Source>) {
     guard let region = session.region(at: job.address) else { return }
     let page = region.page(of: job.address)
-    session.giveBack(region, page..<page + 1)
+    if job.isClaimed {
+      session.giveBack(region, page..<page + 1)
+    } else {
+      session.memory.wake(region.range(of: page))
+    }
   }
 
   // MARK: - The threads
@@ -129,7 +149,7 @@ final class SourceLane<Source: PageSource>: Sendable {
   ) {
     let slot = session.counters[firstCounters + thread]
     while case .job(let job) = next(thread) {
-      session.settle(job.address, window: job.window, bench, slot.counters)
+      session.settle(job, bench, slot.counters)
       slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- job.received)
       state.withLock { state in
         state.active[thread] = nil
@@ -190,7 +210,7 @@ final class SourceLane<Source: PageSource>: Sendable {
       if isDone == true { return }
       for job in overdue(at: MonotonicClock.nanoseconds) {
         session.giveUp(
-          job.address, bench, slot.counters,
+          job, bench, slot.counters,
           reason: "its source did not answer for \(Double(timeout) / 1e9) s")
       }
     }
@@ -224,47 +244,69 @@ extension PagerSession {
   /// Pages whose content is being waited for, beyond what fault threads have in hand.
   public var pendingReads: Int { lane.depth }
 
-  /// Resolves a page that is claimed, waiting for its content.
+  /// Settles a page of the lane, waiting for its content, or for memory.
   func settle(
-    _ address: HostAddress, window: Int, _ bench: borrowing Workbench,
+    _ job: SourceLane<Source>.Job, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters
   ) {
-    guard let region = region(at: address) else { return }
-    let page = region.page(of: address)
-    var outcome = fetchAndInstall(page, window: window, region, bench, counters)
-    while case .retry = outcome, !isStopping {
-      // An event may have changed the page meanwhile, so from here on it is a fault like
-      // any other: whatever it has become, those who wait for it are woken.
-      Pause.microseconds(50)
-      outcome = resolve(
-        PageFault(address: region.range(of: page).start, flags: []), bench: bench,
-        counters: counters)
+    guard let region = region(at: job.address) else { return }
+    let page = region.page(of: job.address)
+    guard job.isClaimed else {
+      Pause.microseconds(Self.shortagePace)
+      memory.wake(region.range(of: page))
+      return
     }
+    settleClaimed(page, window: job.window, region, bench, counters)
   }
 
-  /// Gives a claimed page up that takes too long.
-  func giveUp(
-    _ address: HostAddress, _ bench: borrowing Workbench, _ counters: borrowing WorkerCounters,
-    reason: String
+  /// Settles a page that this thread has claimed, waiting for its content, or for memory.
+  func settleClaimed(
+    _ page: Int, window: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
+    _ counters: borrowing WorkerCounters
   ) {
-    guard let region = region(at: address) else { return }
-    var outcome = fail(
-      region.page(of: address), region, bench, counters, expecting: .filling, reason: reason)
-    while case .retry = outcome, !isStopping {
-      Pause.microseconds(50)
-      outcome = resolve(PageFault(address: address, flags: []), bench: bench, counters: counters)
-    }
+    finish(
+      fetchAndInstall(page, window: window, region, bench, counters), page, region, bench, counters)
   }
 
-  /// Looks again for the content of pages that had none and were not poisoned
-  /// (`DamagePolicy.wait`); whoever waits for them faults anew.
-  public func retryFailed() {
-    guard !canPoison else { return }
-    for region in regions {
-      for page in 0..<region.pageCount
-      where region.states.exchange(page, from: .poisoned, to: .absent) {
-        memory.wake(region.range(of: page))
+  /// Goes on until an outcome is final.
+  private func finish(
+    _ outcome: FaultOutcome, _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
+    _ counters: borrowing WorkerCounters
+  ) {
+    var outcome = outcome
+    while true {
+      switch outcome {
+      case .resolved, .ended: return
+      case .retry:
+        guard !isStopping else { return }
+        // An event may have changed the page meanwhile, so from here on it is a fault like
+        // any other: whatever it has become, those who wait for it are woken.
+        Pause.microseconds(50)
+        outcome = resolve(
+          PageFault(address: region.range(of: page).start, flags: []), bench: bench,
+          counters: counters)
+      case .deferred:
+        guard !isStopping else { return giveBack(region, page..<page + 1) }
+        Pause.microseconds(Self.shortagePace)
+        outcome = fetchAndInstall(page, region, bench, counters)
+      case .doubtful:
+        Pause.microseconds(Self.shortagePace)
+        return memory.wake(region.range(of: page))
+      case .foreign: return memory.wake(region.range(of: page))
       }
     }
+  }
+
+  /// Gives a page of the lane up that takes too long.
+  func giveUp(
+    _ job: SourceLane<Source>.Job, _ bench: borrowing Workbench,
+    _ counters: borrowing WorkerCounters, reason: String
+  ) {
+    guard let region = region(at: job.address) else { return }
+    let page = region.page(of: job.address)
+    guard job.isClaimed else { return memory.wake(region.range(of: page)) }
+    finish(
+      fail(page, region, counters, expecting: .filling, reason: reason), page, region, bench,
+      counters)
   }
 }

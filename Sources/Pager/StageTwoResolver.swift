@@ -54,7 +54,7 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
         // A fault thread has it and is done within microseconds.
         if session.hasEnded { return .ended }
         Pause.yield()
-      case .present, .removed: return .ready
+      case .present, .removed, .zero: return .ready
       case .poisoned, .unmapped: return .failed
       }
     }
@@ -70,7 +70,7 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
       fill = found
     } catch {
       _ = session.fail(
-        page, region, bench, slot.counters, expecting: .filling, reason: error.description)
+        page, region, slot.counters, expecting: .filling, reason: error.description)
       return .failed
     }
     var attempts = 0
@@ -84,7 +84,7 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
         Pause.microseconds(10_000)
       case let errno?:
         _ = session.fail(
-          page, region, bench, slot.counters, expecting: .filling, reason: "\(errno)")
+          page, region, slot.counters, expecting: .filling, reason: "\(errno)")
         return .failed
       }
     }
@@ -114,7 +114,7 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
       // KVM allocates a page of zeros by itself.
       slot.counters.zeroPages.add()
     }
-    region.states.store(page, .present)
+    region.states.take(.fill, page)
     // Whoever waits for it in a userfault faults again, and finds it.
     session.memory.wake(range)
     return nil

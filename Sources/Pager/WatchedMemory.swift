@@ -47,8 +47,8 @@ final class WatchedMemory: Sendable {
   }
 
   @inline(__always)
-  func poison(_ range: HostRange) -> Resolution {
-    onPresent(range) { $0.poison($1) }
+  func poison(_ range: HostRange, wakes: Bool = true) -> Resolution {
+    onPresent(range) { $0.poison($1, wakes: wakes) }
   }
 
   @inline(__always)
@@ -130,13 +130,18 @@ final class WatchedMemory: Sendable {
     }
   }
 
+  /// Pieces into which the memory may be cut. Each fault looks through them.
+  static var pieceLimit: Int { 4096 }
+
   /// Notes that what is at `from` now has been moved.
   ///
   /// - Parameter regions: all memory of the session.
+  /// - Returns: the first addresses of where it was cut; `nil` when there are too many pieces.
   func move(
     from: HostAddress, to: HostAddress, length: Int, regions: [PagedRegion]
-  ) {
-    pieces.withLock { pieces in
+  ) -> [HostAddress]? {
+    var cuts: [HostAddress] = []
+    let isInLimit = pieces.withLock { pieces in
       if pieces.isEmpty {
         pieces = regions.map { Piece(range: $0.host, present: $0.host.start) }
       }
@@ -158,10 +163,23 @@ final class WatchedMemory: Sendable {
           part(before + overlap.length, after, at: overlap.end),
         ].filter { $0.range.length > 0 }
       }
+      // What did not move, or moved together, is one piece.
+      pieces = pieces.reduce(into: []) { joined, piece in
+        if let last = joined.last, last.range.end == piece.range.start,
+          last.presentRange.end == piece.present
+        {
+          joined[joined.count - 1].range.length += piece.range.length
+        } else {
+          joined.append(piece)
+        }
+      }
+      cuts = pieces.map(\.range.start)
+      return pieces.count <= Self.pieceLimit
     }
     hasMoved.store(true, ordering: .releasing)
     // Whoever waits at the old place looks again, and finds no mapping.
     try? userfaultfd.wake(HostRange(start: from, length: length))
+    return isInLimit ? cuts : nil
   }
 }
 

@@ -97,6 +97,9 @@ public final class HandedOverGuest: RunningGuest {
   /// How many pages have no right content, and the first 64 of them in words.
   public var failures: (count: Int, descriptions: [String]) { watch.failures }
 
+  /// Waits until the service has told why the guest was stopped, where a page was the reason.
+  public func awaitFailure() { watch.awaitFailure() }
+
   // MARK: - Parts
 
   /// What it takes to be served: the memory, what watches it, and the session.

@@ -7,7 +7,6 @@ internal import LinuxSystem
 internal import MemoryImage
 internal import Pager
 internal import Snapshot
-internal import Synchronization
 internal import SystemPackage
 
 /// Listens to the service while a guest runs.
@@ -20,7 +19,7 @@ final class HandoverWatch: Sendable {
   private let guestAddress: GuestAddress
   private let options: HandoverOptions
   private let stopSign: EventDescriptor
-  private let state = Mutex(State())
+  private let state = Monitor(State())
 
   private struct State {
     var failureCount = 0
@@ -50,6 +49,13 @@ final class HandoverWatch: Sendable {
   /// What was told of damaged pages so far.
   var failures: (count: Int, descriptions: [String]) {
     state.withLock { ($0.failureCount, $0.failures) }
+  }
+
+  /// Waits until a damaged page was told of, for 2 s at most: the service tells of it a moment
+  /// after the guest was stopped there.
+  func awaitFailure() {
+    let deadline = MonotonicClock.nanoseconds + 2_000_000_000
+    _ = state.wait(until: deadline) { $0.failureCount > 0 ? () : nil }
   }
 
   /// Has `run` return, once it has read what is there.

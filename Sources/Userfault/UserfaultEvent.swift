@@ -38,6 +38,8 @@ public struct PageFault: Hashable, Sendable {
     public static var minor: Self { Self(rawValue: 4) }
     /// The page is read-write-protected (RWP).
     public static var readWriteProtect: Self { Self(rawValue: 8) }
+    /// Either of the two: the page is there.
+    @inlinable public var isProtection: Bool { rawValue & 10 != 0 }
   }
 
   /// Where; masked to the page unless `exactAddress` was negotiated.
@@ -65,6 +67,8 @@ public struct EventBuffer: ~Copyable {
   private let messages: UnsafeMutableBufferPointer<uffd_msg>
   private var next = 0
   private var count = 0
+  /// Whether the kernel reads without waiting where that is asked for (Linux 6.10).
+  private var canReadWithoutWaiting = true
 
   /// Room for `capacity` events (32 bytes each).
   public init(capacity: Int = 32) {
@@ -78,12 +82,23 @@ public struct EventBuffer: ~Copyable {
 
   /// Reads what is pending, as many as there is room for; 0 when nothing is.
   ///
+  /// It does not wait, also where another process that has the descriptor made it wait (O_NONBLOCK
+  /// is of the open file, which they share); before Linux 6.10 it does then.
+  ///
   /// The kernel hands out page faults before all other events, so a fault can be
   /// read before a remove that precedes it in time. The buffer must be empty.
   public mutating func read(from userfaultfd: borrowing Userfaultfd) throws(Errno) -> Int {
     precondition(isEmpty, "unhandled userfaultfd events would be lost")
-    let room = unsafe messages.count * MemoryLayout<uffd_msg>.stride
-    let result = unsafe clinux_read(userfaultfd.descriptor.rawValue, messages.baseAddress, room)
+    let length = unsafe messages.count * MemoryLayout<uffd_msg>.stride
+    let bytes = unsafe messages.baseAddress
+    var result = -Int(EOPNOTSUPP)
+    if canReadWithoutWaiting {
+      result = unsafe clinux_read_nowait(userfaultfd.descriptor.rawValue, bytes, length)
+    }
+    if result == -Int(EOPNOTSUPP) {
+      canReadWithoutWaiting = false
+      result = unsafe clinux_read(userfaultfd.descriptor.rawValue, bytes, length)
+    }
     (next, count) = (0, 0)
     if result == -Int(EAGAIN) || result == -Int(EINTR) { return 0 }
     count = try check(result) / MemoryLayout<uffd_msg>.stride

@@ -61,6 +61,10 @@ enum HandedMemory {
     let used = try part(of: number, filled)
     do throws(Errno) {
       return try HandedMemoryFile(descriptor, pageSize: pageSize, used: used)
+    } catch .permissionDenied {
+      throw HandoverError(
+        .invalidDescriptor,
+        "memory file \(number) cannot be opened for writing: its mode forbids it to the service")
     } catch {
       throw HandoverError(.inputOutput, "memory file \(number) cannot be mapped", errno: error)
     }

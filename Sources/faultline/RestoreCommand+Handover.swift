@@ -80,6 +80,7 @@ extension RestoreCommand {
     let restored = try HandedOverGuest(FilePath(image), options)
     defer { restored.shutdown() }
     var report = try work(on: restored)
+    if !report.isRight { restored.awaitFailure() }
     // What was told meanwhile is known afterwards.
     restored.shutdown()
     report.finish(restored)

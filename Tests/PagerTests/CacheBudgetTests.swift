@@ -117,9 +117,11 @@ struct CacheBudgetTests {
     #expect(clone.wrong(0..<blocks / 2).isEmpty)
     try clone.mapping.advise(.dontNeed, offset: 0, length: size.bytes)
     store(5, clone.mapping.range, offset: length / 2 - 4096)
-    #expect(clone.session.detachClones())
-    #expect(clone.session.seal())
-    clone.session.release()
+    // Some that were not touched may have come along.
+    guard case .missing(1...) = clone.session.letGo() else {
+      Issue.record("all pages are there")
+      return
+    }
     // Others fill the cache, and want more room than there is.
     for _ in 0..<2 { #expect(try Clone(cache).wrong(0..<blocks).isEmpty) }
     for block in 0..<size.bytes / 4096 {

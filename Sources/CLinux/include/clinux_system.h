@@ -74,6 +74,12 @@ static inline long clinux_pread_nowait(int fd, void *buffer, size_t length, off_
   struct iovec piece = {.iov_base = buffer, .iov_len = length};
   return clinux_result(syscall(SYS_preadv2, fd, &piece, 1L, (long)offset, 0L, RWF_NOWAIT));
 }
+/// As read, but EAGAIN where it would have to wait, whatever the descriptor's flags say.
+/// EOPNOTSUPP where the file cannot say; a userfaultfd can since Linux 6.10.
+static inline long clinux_read_nowait(int fd, void *buffer, size_t length) {
+  struct iovec piece = {.iov_base = buffer, .iov_len = length};
+  return clinux_result(syscall(SYS_preadv2, fd, &piece, 1L, -1L, -1L, RWF_NOWAIT));
+}
 /// Whether the file is in memory only: tmpfs, ramfs, hugetlbfs.
 static inline long clinux_is_memory_file(int fd) {
   struct statfs status;

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+internal import GuestMemory
+internal import LinuxSystem
+internal import SystemPackage
+internal import Userfault
+
+/// How a session let go of memory that may still be in use (`PagerSession.letGo`).
+public enum LettingGo: Sendable, Hashable {
+  /// All of the guest's content is there, or the guest is gone.
+  case complete
+  /// So many pages have no content: a touch of one is a memory error.
+  case missing(pages: Int)
+  /// Pages are missing that the kernel cannot make memory errors (before Linux 6.6), or that it did
+  /// not take. Nothing was let go of: keep the session until the process has ended.
+  case impossible
+}
+
+extension PagerSession {
+  /// Stops, unregisters all regions and wakes everyone who still waits.
+  ///
+  /// Absent pages read as zero from here on, so call it when no guest uses the memory
+  /// any more, or when `populate` has filled it all without an error. For memory that is in use
+  /// there is `letGo`.
+  public func release() {
+    stop()
+    unregister()
+  }
+
+  /// Lets go of memory that may still be in use: no page of it turns into zeros that the guest did
+  /// not ask for. What is not there yet is made a memory error (UFFDIO_POISON), about 50 ns a
+  /// page; fill it before, with `startFill`, until `isFilled`. Then the session is stopped and
+  /// released.
+  ///
+  /// Pages that wait for their source are given up. Clones are detached first (`detachClones`).
+  /// Call it while the session serves, or has ended. May take some seconds where threads are stuck
+  /// in a source.
+  public func letGo() -> LettingGo {
+    guard hasGuestMemory else {
+      release()
+      return .complete
+    }
+    guard detachClones() else { return .impossible }
+    guard canSeal || isFilled && !hasUntoldFailures else { return .impossible }
+    // Most of it while faults are served, so that nobody waits for long.
+    if canSeal { _ = seal() }
+    stop()
+    // Nobody serves, and no page is claimed any more but by threads that are stuck. What was given
+    // back since is sealed now.
+    guard isFilled && !hasUntoldFailures || sealUnserved() else { return .impossible }
+    let missing = regions.reduce(0) { $0 + $1.states.count(of: .poisoned) }
+    unregister()
+    return missing == 0 || !hasGuestMemory ? .complete : .missing(pages: missing)
+  }
+
+  /// Whether each page has its content, or is zero by itself, or was given up, or has no right
+  /// content: nothing is absent, and nothing is on its way.
+  public var isFilled: Bool {
+    regions.allSatisfy { region in
+      let pages = 0..<region.pageCount
+      return region.states.first(.absent, in: pages) == nil
+        && region.states.first(.filling, in: pages) == nil
+    }
+  }
+
+  private var canSeal: Bool { memory.userfaultfd.features.contains(.poison) }
+
+  /// Whether pages without right content are not known to the kernel as such.
+  private var hasUntoldFailures: Bool {
+    !canPoison
+      && regions.contains { $0.states.first(.poisoned, in: 0..<$0.pageCount) != nil }
+  }
+
+  /// Whether there is still an address space that could read wrong pages. A process that handed
+  /// over the memory of another one may be gone long before that one is.
+  public var hasGuestMemory: Bool { memory.userfaultfd.hasAddressSpace }
+
+  private func unregister() {
+    // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
+    for region in regions { memory.unregister(region.host) }
+    dropEvents()
+  }
+
+  /// Reads what was raised since the threads ended: whoever gave memory back, or moved it,
+  /// meanwhile waits until that is read. Memory that is registered still was not described: there is
+  /// no content for it.
+  private func dropEvents() {
+    var events = EventBuffer()
+    var quiet = 0
+    let slot = counters[0]
+    // A guest may go on raising events for as long as it likes.
+    let deadline = MonotonicClock.nanoseconds &+ 200_000_000
+    // One that was under way when its range was unregistered comes a moment later.
+    while quiet < 4, MonotonicClock.nanoseconds < deadline {
+      guard let count = try? events.read(from: memory.userfaultfd) else { return }
+      while let event = events.pop() {
+        switch consume event {
+        case .pageFault(let fault): _ = refuse(fault, slot.counters)
+        default: break
+        }
+      }
+      quiet = count > 0 ? 0 : quiet + 1
+      if count == 0 { Pause.microseconds(250) }
+    }
+  }
+}
