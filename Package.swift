@@ -59,7 +59,7 @@ let package = Package(
     .package(url: "https://github.com/swhitty/FlyingFox", from: "0.27.1"),
   ],
   targets: [
-    // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer.
+    // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer and hostile guests.
     .target(name: "CLinux", cSettings: cSettings),
     .systemLibrary(name: "CXXHash", providers: [.apt(["libxxhash-dev"])]),
     .systemLibrary(name: "CCrypto", providers: [.apt(["libssl-dev"])]),
@@ -67,6 +67,10 @@ let package = Package(
     .target(name: "CGuestProgram", cSettings: cSettings),
     .target(
       name: "CMinimalHandler", path: "Benchmarks/CMinimalHandler", cSettings: cSettings,
+      linkerSettings: [.linkedLibrary("pthread")]),
+
+    .target(
+      name: "CHostileVMM", path: "Benchmarks/CHostileVMM", cSettings: cSettings,
       linkerSettings: [.linkedLibrary("pthread")]),
 
     // The libraries; each may import only those above it.
@@ -112,9 +116,13 @@ let package = Package(
       "ModelCheck",
       ["GuestMemoryModel", "GuestMemory", "Userfault", "LinuxSystem", "CLinux", "CGuestProgram"]),
     library(
+      "HostileGuests", ["MemoryImage", "LinuxSystem", "CHostileVMM"],
+      path: "Benchmarks/HostileGuests"),
+    library(
       "BenchmarkSuite",
       [
-        "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport", "MemoryImage",
+        "HostileGuests", "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport",
+        "MemoryImage",
         "GuestMemory", "Userfault", "KVM", "LinuxSystem", "CMinimalHandler", "CZstd", "CXXHash",
       ],
       path: "Benchmarks/BenchmarkSuite"),
@@ -134,7 +142,8 @@ let package = Package(
       name: "faultline",
       dependencies: [
         "SnapshotRestore", "Snapshot", "TestGuest", "Pager", "MemoryImport", "MemoryImage",
-        "GuestMemory", "Userfault", "KVM", "LinuxSystem", "BenchmarkSuite", "GuestMemoryModel",
+        "GuestMemory", "Userfault", "KVM", "LinuxSystem", "BenchmarkSuite", "HostileGuests",
+        "GuestMemoryModel",
         "ModelCheck", "FaultlineDaemon", "DaemonConfiguration", systemPackage,
         .product(name: "ArgumentParser", package: "swift-argument-parser"),
       ],
@@ -189,6 +198,7 @@ let package = Package(
         "Pager", "MemoryImage", "GuestMemory", "GuestMemoryModel", "Userfault", "LinuxSystem",
         "CTestSupport", "guest-process", "allocation-probe", "kill-probe",
       ]),
+    tests("HostileGuestTests", ["faultline", "HostileGuests"]),
     .executableTarget(
       name: "guest-process",
       dependencies: [

@@ -28,6 +28,7 @@ struct FaultlineCommand: ParsableCommand {
       DoctorCommand.self, DemoCommand.self, SnapshotCommand.self, RestoreCommand.self,
       ServeCommand.self, PsCommand.self, StatsCommand.self, RecordCommand.self,
       StopCommand.self, BenchCommand.self, ImageCommand.self, ModelCommand.self,
+      HostileRoleCommand.self,
     ])
 }
 
