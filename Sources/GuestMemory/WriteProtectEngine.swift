@@ -27,6 +27,8 @@ final class WriteProtectEngine: Sendable {
   private let noted: AtomicPageSet
   private let locks: [Lock]
   private let failure = Mutex<Errno?>(nil)
+  /// Counts the calls of `announceAnew`.
+  private let epoch = Atomic(0)
   private let piecePages = UserfaultTracking.piecePages
 
   init(
@@ -79,25 +81,39 @@ final class WriteProtectEngine: Sendable {
 
   private func resolve(_ fault: PageFault) {
     guard let piece = layout.place(of: fault.address, piecePages: piecePages) else { return }
-    if let hook {
-      // Not armed: another vCPU's fault on that page was served, so it has been announced.
-      // Under the lock, because arming may have protected it and not yet said so.
-      if withLock(of: piece, { armed.contains(piece.pages.lowerBound) }) { hook(piece.pages) }
-    }
-    withLock(of: piece) {
-      if armed.contains(piece.pages.lowerBound) {
-        armed.remove(piece.pages)
-        noted.insert(piece.pages)
+    while true {
+      let told = epoch.load(ordering: .acquiring)
+      if let hook {
+        // Not armed: another vCPU's fault on that page was served, so it has been announced.
+        // Under the lock, because arming may have protected it and not yet said so.
+        if withLock(of: piece, { armed.contains(piece.pages.lowerBound) }) { hook(piece.pages) }
       }
-      // Also when it was not armed: it wakes the waiter. ENOENT after release(), which
-      // wakes all.
-      try? userfaultfd.writeProtect(piece.host, enabled: false)
+      let isResolved = withLock(of: piece) {
+        // This thread may have stood still since the hook; see `announceAnew`.
+        guard epoch.load(ordering: .acquiring) == told else { return false }
+        if armed.contains(piece.pages.lowerBound) {
+          armed.remove(piece.pages)
+          noted.insert(piece.pages)
+        }
+        // Also when it was not armed: it wakes the waiter. ENOENT after release(), which
+        // wakes all.
+        try? userfaultfd.writeProtect(piece.host, enabled: false)
+        return true
+      }
+      if isResolved { return }
     }
   }
 
+  /// What the hook was told before does not count any more.
+  ///
+  /// A resolution that lifts a protection after `collect` has been at its piece sees that, and
+  /// begins anew. One that did it before has noted the page: `collect` takes the note and
+  /// protects the page again. So nobody waits here for a thread that stands still.
+  func announceAnew() { epoch.wrappingAdd(1, ordering: .releasing) }
+
   // MARK: - Arming
 
-  private func check() throws(DirtyTrackingError) {
+  func check() throws(DirtyTrackingError) {
     if let failure = failure.withLock({ $0 }) {
       throw DirtyTrackingError("Reading the faults of tracked memory", failure)
     }
@@ -119,6 +135,7 @@ final class WriteProtectEngine: Sendable {
   }
 
   func disarm(_ pages: Range<Int>) throws(DirtyTrackingError) {
+    try check()
     try layout.forEachPiece(of: pages, piecePages: piecePages) {
       piece throws(DirtyTrackingError) in
       do throws(Errno) {

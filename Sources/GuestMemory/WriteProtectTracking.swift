@@ -17,10 +17,12 @@ internal import Userfault
 ///
 ///     arm(pages) …             ahead, while the guest runs; in pieces, from several threads
 ///     pause the guest
-///     collect(into:)           protects again what was written meanwhile
 ///     the hook begins to copy
+///     announceAnew()           also what it was told of and did not copy
+///     collect(into:)           protects again what was written meanwhile
 ///     resume the guest
 ///     copy, then disarm(pages) …
+///     check()                  no write went by
 ///     stop()
 ///
 /// A waiting vCPU cannot be kicked on KVM_PVM; it goes on when the thread has served it.
@@ -29,7 +31,7 @@ public final class WriteProtectTracking: DirtyTracking {
   /// the content that they had when they were armed, and keep it until this returns.
   ///
   /// The pages are one page of the backing: one for 4 KiB pages, 512 for 2 MiB pages. A page
-  /// is announced once each time it is armed. The hook may read the memory; it must not
+  /// is announced once each time it is armed, and again after `announceAnew`. The hook may read the memory; it must not
   /// write it, allocate, wait for a vCPU, or call the tracker.
   public typealias WriteHook = @Sendable (_ pages: Range<Int>) -> Void
 
@@ -103,6 +105,15 @@ public final class WriteProtectTracking: DirtyTracking {
     try layout.require(pages)
     try engine.disarm(pages)
   }
+
+  /// Has the writes announced again that were announced before this call and have not happened
+  /// when the next `collect` is at their page: the thread may stand still between the two. What
+  /// happened before that, `collect` takes.
+  public func announceAnew() throws(DirtyTrackingError) { try engine().announceAnew() }
+
+  /// Throws when the thread could not read faults any more: then it has let all writes through
+  /// that nobody was told of.
+  public func check() throws(DirtyTrackingError) { try engine().check() }
 
   /// Takes what was noted and write-protects just those pages again: the cost follows their
   /// number.

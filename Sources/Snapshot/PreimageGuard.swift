@@ -41,8 +41,25 @@ final class PreimageGuard: Sendable {
   /// The tracker that announces writes here, and that `copy` lifts protection with.
   func use(_ tracking: WriteProtectTracking) { self.tracking.withLock { $0 = tracking } }
 
-  /// The pause's point in time: from here on writes are held up until their page is copied.
-  func begin() { isActive.store(true, ordering: .sequentiallyConsistent) }
+  /// The pause's point in time: from here on writes are held up until their page is copied, and
+  /// those that were announced before are announced again. What was written before is to be
+  /// protected again after this, while the guest is paused.
+  func begin() throws(SnapshotError) {
+    isActive.store(true, ordering: .sequentiallyConsistent)
+    try withTracking { (tracking) throws(DirtyTrackingError) in try tracking.announceAnew() }
+  }
+
+  /// Does something with the tracker, if it has not been stopped.
+  private func withTracking(
+    _ body: (WriteProtectTracking) throws(DirtyTrackingError) -> Void
+  ) throws(SnapshotError) {
+    guard let tracking = tracking.withLock({ $0 }) else { return }
+    do throws(DirtyTrackingError) {
+      try body(tracking)
+    } catch {
+      throw SnapshotError(.tracking, error.description)
+    }
+  }
 
   /// Writes are let through from here on; the copies are of no use any more.
   func fail() { pool.fail() }
@@ -87,17 +104,15 @@ final class PreimageGuard: Sendable {
         batch.keep(from: start) { page in ours.contains { $0.contains(page) } }
       }
     }
-    guard let tracking = tracking.withLock({ $0 }) else { return }
-    do throws(DirtyTrackingError) {
+    try withTracking { (tracking) throws(DirtyTrackingError) in
       for run in ours { try tracking.disarm(run) }
-    } catch {
-      throw SnapshotError(.tracking, error.description)
     }
   }
 
   /// Ends tracking when all pages of the snapshot have been copied: those that are left were
   /// absent at the pause.
   ///
+  /// Throws when the tracker let writes through: then pages may be from after the pause.
   /// - Parameter drain: writes what the pool has, so that the tracker's thread gets room.
   func end(_ drain: () throws(SnapshotError) -> Void) throws(SnapshotError) {
     taken.insert(0..<layout.pageCount)
@@ -106,6 +121,7 @@ final class PreimageGuard: Sendable {
       try drain()
       sched_yield()
     }
+    try withTracking { (tracking) throws(DirtyTrackingError) in try tracking.check() }
     stop()
   }
 

@@ -126,8 +126,8 @@ struct SnapshotRun {
       report.pause.savingState = watch.lap()
       try owner.collect(&state)
       if options.extent == .incremental { try protection.protect(state.changed) }
+      try preimages.begin()
       try protection.protectAgain()
-      preimages.begin()
       report.pause.tracking = watch.lap()
     } catch {
       guest.resume()
@@ -157,8 +157,10 @@ struct SnapshotRun {
           + "is copied; pause the guest")
     }
     do throws(DirtyTrackingError) {
+      let beforeWrite = options.beforeWrite
       let tracking = try WriteProtectTracking(layout.trackedRegions) { pages in
         preimages.willWrite(pages)
+        beforeWrite?(pages)
       }
       try tracking.prepare()
       preimages.use(tracking)

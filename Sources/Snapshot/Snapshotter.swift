@@ -27,6 +27,8 @@ public struct SnapshotOptions: Sendable {
   /// For live snapshots: bytes of memory for pages that the guest wants to write before they
   /// are in the image. When it is used up, the guest's writes wait for the disk.
   public var preimageBytes = 64 << 20
+  /// For tests: what the thread does that lets a write happen, when it was told of it.
+  package var beforeWrite: (@Sendable (_ pages: Range<Int>) -> Void)?
   /// Bytes of guest memory dealt with, and in all; called by several threads.
   public var progress: (@Sendable (_ done: Int, _ total: Int) -> Void)?
 
