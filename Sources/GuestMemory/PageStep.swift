@@ -39,7 +39,8 @@ extension PageState {
     case (.findThere, .filling), (.findThere, .present), (.findThere, .removed),
       (.findThere, .zero), (.findThere, .poisoned):
       .present
-    case (.fail, .filling), (.fail, .present), (.fail, .removed), (.fail, .zero): .poisoned
+    case (.fail, .absent), (.fail, .filling), (.fail, .present), (.fail, .removed), (.fail, .zero):
+      .poisoned
     case (.retry, .poisoned): .absent
     // What is mapped there since is not what was described: it gives up nothing.
     case (.remove, .unmapped): nil

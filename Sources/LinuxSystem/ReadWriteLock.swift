@@ -60,6 +60,19 @@ public struct ReadWriteLock: ~Copyable, @unchecked Sendable {
     return try body(isHeld)
   }
 
+  /// Waits until every reader and writer that had the lock when it was called is done, but not for
+  /// longer than that.
+  ///
+  /// - Parameter patience: nanoseconds.
+  public borrowing func passThrough(patience: UInt64) {
+    let deadline = MonotonicClock.nanoseconds &+ patience
+    while unsafe pthread_rwlock_trywrlock(lock) != 0 {
+      guard MonotonicClock.nanoseconds < deadline else { return }
+      usleep(100)
+    }
+    unsafe pthread_rwlock_unlock(lock)
+  }
+
   /// Runs `body` alone, if that can be had at once; `nil` where it cannot.
   public borrowing func tryWrite<Value, Failure: Error>(
     _ body: () throws(Failure) -> Value

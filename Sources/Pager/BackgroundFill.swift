@@ -150,7 +150,7 @@ extension PagerSession {
   public func stopFill() { background.stop(patience: Self.fillPatience) }
 
   /// How long a stop waits for a piece that is being read, in nanoseconds.
-  static var fillPatience: UInt64 { 5_000_000_000 }
+  static var fillPatience: UInt64 { 2_000_000_000 }
 
   private var fillCounters: WorkerSlot { counters[counters.count - 1] }
 

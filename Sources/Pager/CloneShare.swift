@@ -209,6 +209,7 @@ extension PagerSession {
     _ counters: borrowing WorkerCounters
   ) -> Int {
     gate.read {
+      guard !wasReleased else { return 0 }
       var count = 0
       while count < pages.count, region.states.load(pages.lowerBound + count) == .filling {
         count += 1

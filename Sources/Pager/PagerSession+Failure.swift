@@ -21,7 +21,9 @@ extension PagerSession {
     }
     let range = region.range(of: page)
     let finding: Finding? = gate.read(patience: Self.gatePatience) { _ in
-      guard region.states.load(page) == expected else { return nil }
+      guard region.states.load(page) == expected, !wasReleased else {
+        return nil
+      }
       let finding =
         canPoison
         ? Finding(memory.poison(range, wakes: false), of: .poison, on: region.pageSize) : .done

@@ -89,6 +89,7 @@ extension PagerSession {
     _ fill: PageFill, _ page: Int, _ region: PagedRegion, _ bench: borrowing Workbench,
     _ counters: borrowing WorkerCounters, expecting expected: PageState
   ) -> Finding? {
+    guard !wasReleased else { return nil }
     let current = region.states.load(page)
     let range = region.range(of: page)
     var fill = fill
@@ -213,6 +214,7 @@ extension PagerSession {
   func leaveZero(_ region: PagedRegion, _ pages: Range<Int>) -> Bool {
     guard !pages.isEmpty else { return true }
     let isDone = gate.read {
+      guard !wasReleased else { return false }
       do throws(Errno) {
         if region.mode == .minor { try discardCached(region, pages) }
       } catch {
@@ -245,6 +247,7 @@ extension PagerSession {
   func giveBack(_ region: PagedRegion, _ pages: Range<Int>) {
     guard !pages.isEmpty else { return }
     region.states.take(.giveBack, pages)
+    guard !wasReleased else { return }
     memory.wake(region.range(of: pages.lowerBound, count: pages.count))
   }
 }

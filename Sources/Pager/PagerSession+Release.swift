@@ -2,6 +2,7 @@
 
 internal import GuestMemory
 internal import LinuxSystem
+internal import Synchronization
 internal import SystemPackage
 internal import Userfault
 
@@ -76,6 +77,9 @@ extension PagerSession {
   public var hasGuestMemory: Bool { memory.userfaultfd.hasAddressSpace }
 
   private func unregister() {
+    isReleased.store(true, ordering: .releasing)
+    // Whoever looked before that is done with the page once the gate was had.
+    gate.passThrough(patience: Self.gatePatience)
     // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
     for region in regions { memory.unregister(region.host) }
     dropEvents()

@@ -95,6 +95,7 @@ extension PagerSession {
     _ counters: borrowing WorkerCounters
   ) -> Int {
     gate.read {
+      guard !wasReleased else { return 0 }
       var length = 0
       while length < run.count, region.states.load(first + length) == .filling { length += 1 }
       guard length > 0 else { return 0 }

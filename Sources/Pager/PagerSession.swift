@@ -36,6 +36,10 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let background = BackgroundFill()
   /// Since when pages cannot be had for want of memory; 0 when the last one was had.
   let shortSince = Atomic<UInt64>(0)
+  /// Whether the memory was let go of. A thread that comes back from a source after that touches
+  /// nothing any more: the kernel asks whether memory is registered, and not with whose
+  /// userfaultfd, so it would fill what lies at that address by then. Read with the gate held.
+  let isReleased = Atomic<Bool>(false)
   /// `PagerOptions.sourceTimeout`, at most a year: sums with it do not overflow.
   let sourceTimeout: UInt64
   /// Whether a working set is being brought: what lies around a fault is wanted, too, then.
@@ -237,6 +241,8 @@ public final class PagerSession<Source: PageSource>: Sendable {
     stopRequested.store(true, ordering: .releasing)
     stopSign.signal()
   }
+
+  var wasReleased: Bool { isReleased.load(ordering: .acquiring) }
 
   /// Wakes all waiters; those whose page is not there fault again.
   func wakeAll() {

@@ -46,7 +46,7 @@ final class SourceLane<Source: PageSource>: Sendable {
     }
   }
 
-  private static var stopPatience: UInt64 { 5_000_000_000 }
+  private static var stopPatience: UInt64 { 2_000_000_000 }
 
   private enum Next {
     case job(Job)

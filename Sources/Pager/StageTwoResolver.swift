@@ -93,7 +93,9 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
   /// Puts the page into the page cache if it is still wanted. The caller holds the gate.
   private func write(_ fill: PageFill, _ page: Int, _ region: PagedRegion) -> Errno? {
     // Given up or unmapped since it was claimed: what the event said holds.
-    guard region.states.load(page) == .filling else { return nil }
+    guard region.states.load(page) == .filling,
+      !session.wasReleased
+    else { return nil }
     let range = region.range(of: page)
     if case .staged = fill {
       do throws(Errno) {
