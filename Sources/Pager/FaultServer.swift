@@ -15,6 +15,8 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   private var queue: FaultQueue
   private var streams = AccessStreams()
   private var doubts = DoubtfulPages()
+  private let children: ForkedChildren?
+  private var forks = ForkPace()
   /// What is to be filled ahead of the guest when no fault waits.
   private var ahead: (region: Int, pages: Range<Int>) = (0, 0..<0)
   /// When the last batch was read.
@@ -27,6 +29,7 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   init(session: PagerSession<Source>, index: Int) {
     self.session = session
     slot = session.counters[index]
+    children = session.children
     queue = FaultQueue(capacity: 512)
   }
 
@@ -34,6 +37,8 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   var hasFaults: Bool { queue.count > 0 }
   /// Whether there is something to fill ahead of the guest.
   var hasAhead: Bool { !ahead.pages.isEmpty }
+  /// Whether an event waits that cannot be taken yet, and faults behind it.
+  var isHeldUp: Bool { forks.isHeldUp }
 
   /// Resolves what was read, until nothing is left, or the turn is over.
   ///
@@ -56,6 +61,7 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
           Pause.microseconds(50)
         }
         readEvents(&events)
+        if isHeldUp { return }
       default: fruitless = 0
       }
       guard end == .max || MonotonicClock.nanoseconds < end else { return }
@@ -153,10 +159,11 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   mutating func readEvents(_ events: inout EventBuffer) {
     // Events go first where faults pile up that wait for them; woken, a thread faults again.
     while queue.room < Self.eventRoom, let oldest = queue.popFirst() { wake(oldest) }
+    guard forks.mayRead(children) else { return }
     let session = session
     let now = session.gate.write {
       do throws(Errno) {
-        _ = try events.read(from: session.memory.userfaultfd)
+        try forks.read(&events, session.memory.userfaultfd, children)
       } catch {
         session.end(.failed(error))
       }

@@ -30,6 +30,12 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
 
   mutating func run() {
     while !session.isStopping {
+      if server.isHeldUp {
+        Pause.microseconds(UInt32(ForkPace.interval / 1000))
+        server.readEvents(&events)
+        server.serve(&events, bench)
+        continue
+      }
       if server.hasAhead {
         server.fillAhead(&events, bench)
         continue

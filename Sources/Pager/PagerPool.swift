@@ -15,6 +15,7 @@ internal import Userfault
 public final class PagerPool: Sendable {
   let watch: PoolWatch
   let reporter: Reporter
+  let spare: SpareDescriptor
   private let threads = Mutex<[ThreadBox]>([])
 
   /// Starts the threads, which are named `fault0`, `fault1`, ….
@@ -25,26 +26,32 @@ public final class PagerPool: Sendable {
   public init(threads count: Int = 2, capacity: Int = 1024) throws(PagerError) {
     do {
       watch = try PoolWatch(capacity: max(1, capacity))
+      spare = try SpareDescriptor()
       reporter = try Reporter()
     } catch {
       throw PagerError(.resources, "no descriptor or thread for shared fault threads", errno: error)
     }
-    for index in 0..<max(1, count) {
-      do throws(Errno) {
+    do throws(Errno) {
+      for index in 0..<max(1, count) {
         let box = ToolsBox(try PoolTools())
-        let thread = try NamedThread(name: "fault\(index)") { [watch] in
-          box.run { (tools: inout PoolTools) in watch.serve(&tools) }
-        }
-        let joined = ThreadBox(thread)
-        threads.withLock { $0.append(joined) }
-      } catch {
-        stop()
-        throw PagerError(.resources, "no shared thread for serving faults", errno: error)
+        keep(
+          try NamedThread(name: "fault\(index)") { [watch] in
+            box.run { (tools: inout PoolTools) in watch.serve(&tools) }
+          })
       }
+      keep(try NamedThread(name: "poolwatch") { [watch] in watch.watch() })
+    } catch {
+      stop()
+      throw PagerError(.resources, "no shared thread for serving faults", errno: error)
     }
   }
 
   deinit { stop() }
+
+  private func keep(_ thread: consuming NamedThread) {
+    let joined = ThreadBox(thread)
+    threads.withLock { $0.append(joined) }
+  }
 
   /// Ends the threads. Sessions that are still there serve no more: stop them first.
   public func stop() {
@@ -55,7 +62,11 @@ public final class PagerPool: Sendable {
     }
     for thread in threads { thread.join() }
     reporter.stop()
+    reporter.join(Self.callbackPatience)
   }
+
+  /// How long `stop` waits for callbacks, in nanoseconds.
+  private static var callbackPatience: UInt64 { 1_000_000_000 }
 
   /// Sessions that are served.
   public var sessionCount: Int { watch.sessionCount }

@@ -34,11 +34,11 @@ final class PooledSession<Source: PageSource>: PooledGuest {
         session.end(.failed(error))
         return .left
       }
-      var hasMore = false
+      var next = PooledTurn.left
       tools.use { events, bench in
-        hasMore = server?.turn(&events, bench) ?? false
+        next = server?.turn(&events, bench) ?? .left
       }
-      return session.isStopping ? .left : hasMore ? .hasMore : .waits
+      return session.isStopping ? .left : next
     }
   }
 
@@ -55,15 +55,15 @@ extension FaultServer {
   /// One batch of events and as many resolutions as the turn has time for, or else one piece ahead
   /// of the guest.
   ///
-  /// - Returns: whether there is more to do.
-  mutating func turn(_ events: inout EventBuffer, _ bench: borrowing Workbench) -> Bool {
+  /// - Returns: what is to be done with the session after it.
+  mutating func turn(_ events: inout EventBuffer, _ bench: borrowing Workbench) -> PooledTurn {
     readEvents(&events)
     if hasFaults {
       serve(&events, bench, until: received &+ Self.turnLength)
     } else if hasAhead {
       fillAhead(&events, bench)
     }
-    return hasFaults || hasAhead
+    return isHeldUp ? .later : hasFaults || hasAhead ? .hasMore : .waits
   }
 }
 
@@ -74,7 +74,7 @@ extension PagerSession {
   /// Otherwise as `start`. The pool must not end before the session is stopped, which takes it out of
   /// the pool. Throws `resources` when the pool has no room.
   public func start(in pool: PagerPool) throws(PagerError) {
-    try begin { () throws(PagerError) in
+    try begin(spare: pool.spare) { () throws(PagerError) in
       let guest = PooledSession(self)
       let place = try pool.watch.add(guest)
       let watch = pool.watch

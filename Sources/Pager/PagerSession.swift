@@ -72,7 +72,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
     var failures: [PageFailure] = []
     var failureCount = 0
     var end: End?
-    var children: [ForkedChild] = []
+    var children: ForkedChildren?
   }
 
   final class WorkerSlot: Sendable { let counters = WorkerCounters() }
@@ -195,15 +195,25 @@ public final class PagerSession<Source: PageSource>: Sendable {
   ///
   /// - Parameter serve: has faults served from here on, and returns what ends that once a stop
   ///   was requested.
-  func begin(_ serve: () throws(PagerError) -> Serving) throws(PagerError) {
+  /// - Parameter spare: the descriptor in reserve; `nil` for one of its own.
+  func begin(
+    spare: SpareDescriptor? = nil, _ serve: () throws(PagerError) -> Serving
+  ) throws(PagerError) {
     try lifecycle.withLock { _ throws(PagerError) in
       if let error = endError { throw error }
       guard state.withLock({ $0.serving == nil }) else { return }
       stopSign.reset()
       stopRequested.store(false, ordering: .releasing)
-      let serving = try serve()
-      state.withLock { $0.serving = serving }
-      reports.use(serving.reporter)
+      let children = try makeChildren(spare)
+      state.withLock { $0.children = children }
+      do throws(PagerError) {
+        let serving = try serve()
+        state.withLock { $0.serving = serving }
+        reports.use(serving.reporter)
+      } catch {
+        endChildren()
+        throw error
+      }
       wakeAll()
     }
   }
@@ -214,7 +224,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// Waits for callbacks that are due or under way for a second at most, and does not when it is
   /// called from within one.
   public func stop() {
-    lifecycle.withLock { _ in
+    let reporter = lifecycle.withLock { _ -> Reporter? in
       requestStop()
       let serving = state.withLock { state in
         defer { state.serving = nil }
@@ -223,15 +233,14 @@ public final class PagerSession<Source: PageSource>: Sendable {
       serving?.end()
       lane.stop(self)
       background.stop(patience: Self.fillPatience)
-      let children = state.withLock { state in
-        defer { state.children = [] }
-        return state.children
-      }
-      for child in children { child.stop() }
+      endChildren()
       reports.use(nil)
-      if let serving, serving.ownsReporter { serving.reporter.stop() }
+      guard let serving, serving.ownsReporter else { return nil }
+      serving.reporter.stop()
+      return serving.reporter
     }
     reports.awaitDelivery(Self.callbackPatience)
+    reporter?.join(0)
   }
 
   /// Whether the fault threads are to end.
@@ -307,19 +316,16 @@ public final class PagerSession<Source: PageSource>: Sendable {
     if isFirst, let error = endError { reports.postLast(.end(error)) }
   }
 
-  /// Answers the faults of a forked child from here on.
-  func keep(_ child: consuming OwnedDescriptor) {
-    do throws(Errno) {
-      let child = try ForkedChild(child, features: memory.userfaultfd.features)
-      try child.start()
-      state.withLock { state in
-        state.children.removeAll { $0.hasEnded }
-        state.children.append(child)
-      }
-    } catch {
-      // The descriptor is closed, and the child's absent pages are zeros: it must not go on.
-      end(.failed(error))
+  /// Those that the guest's process forked, while the session serves; `nil` where forks are no
+  /// events.
+  var children: ForkedChildren? { state.withLock { $0.children } }
+
+  private func endChildren() {
+    let children = state.withLock { state in
+      defer { state.children = nil }
+      return state.children
     }
+    children?.finish(patience: Self.childPatience)
   }
 
   func record(_ failure: PageFailure) {

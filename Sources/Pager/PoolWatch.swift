@@ -38,6 +38,13 @@ final class PoolWatch: Sendable {
   private let seats: [Seat]
   private let free: Mutex<[Int]>
   private let isStopping = Atomic<Bool>(false)
+  private let postponed = Monitor(Postponed())
+
+  private struct Postponed {
+    /// In the order in which they are due.
+    var places: [(place: Place, due: UInt64)] = []
+    var isStopping = false
+  }
 
   init(capacity: Int) throws(Errno) {
     let capacity = min(capacity, 1 << Int(Self.seatBits))
@@ -52,6 +59,7 @@ final class PoolWatch: Sendable {
   func stop() {
     isStopping.store(true, ordering: .releasing)
     stopSign.signal()
+    postponed.withLock { $0.isStopping = true }
   }
 
   var sessionCount: Int { seats.count - free.withLock { $0.count } }
@@ -104,6 +112,14 @@ final class PoolWatch: Sendable {
     }
   }
 
+  /// Has a session reported again after a while.
+  private func postpone(_ place: Place) {
+    let due = MonotonicClock.nanoseconds &+ Self.delay
+    postponed.withLock { $0.places.append((place, due)) }
+  }
+
+  private static var delay: UInt64 { 10_000_000 }
+
   private func guest(at place: Place) -> (any PooledGuest)? {
     seats[place.seat].state.withLock { $0.generation == place.generation ? $0.guest : nil }
   }
@@ -118,6 +134,21 @@ final class PoolWatch: Sendable {
   }
 
   // MARK: - The threads
+
+  /// What the pool's own thread (`poolwatch`) does.
+  func watch() {
+    while true {
+      let next = postponed.wait { state -> (place: Place, due: UInt64)?? in
+        if state.isStopping { return .some(nil) }
+        guard !state.places.isEmpty else { return nil }
+        return state.places.removeFirst()
+      }
+      guard let next else { return }
+      let now = MonotonicClock.nanoseconds
+      if next.due > now { Pause.microseconds(UInt32((next.due - now) / 1000)) }
+      rearm(next.place)
+    }
+  }
 
   /// Sessions that have more to do than they were reported for; one thread has them. Nobody is
   /// kept in here for longer than that.
@@ -162,6 +193,7 @@ final class PoolWatch: Sendable {
     switch guest.turn(&tools, isReadable: isReadable) {
     case .waits: rearm(place)
     case .hasMore: eager.append((guest, place))
+    case .later: postpone(place)
     case .left: break
     }
   }
@@ -173,6 +205,8 @@ enum PooledTurn {
   case waits
   /// It has more to do, without another event.
   case hasMore
+  /// What there is to do cannot be done yet: watch it again in a moment.
+  case later
   /// It has ended, or was taken out.
   case left
 }

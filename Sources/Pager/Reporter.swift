@@ -20,15 +20,22 @@ final class Reporter: Sendable {
     var queue: [any Sender] = []
     var isStopping = false
     var hasEnded = false
+    /// Of the thread.
+    var identifier: CInt = 0
   }
 
   private let state = Monitor(State())
+  private let thread = Mutex<ThreadBox?>(nil)
 
   /// Starts the thread, which is there until `stop`.
   init() throws(Errno) {
-    _ = try NamedThread(name: "report") { [self] in
-      while let sender = next() { sender.deliver() }
-    }
+    let started = ThreadBox(
+      try NamedThread(name: "report") { [self] in
+        let identifier = NamedThread.currentID
+        state.withLock { $0.identifier = identifier }
+        while let sender = next() { sender.deliver() }
+      })
+    thread.withLock { $0 = started }
   }
 
   /// Has it call somebody.
@@ -44,6 +51,15 @@ final class Reporter: Sendable {
 
   /// Ends it once it has told all. Does not wait.
   func stop() { state.withLock { $0.isStopping = true } }
+
+  /// Waits until the thread has ended, which was stopped, if it is not held up for longer than that
+  /// by a callback; and not within one.
+  func join(_ patience: UInt64) {
+    guard state.withLock({ $0.identifier }) != NamedThread.currentID else { return }
+    let deadline = MonotonicClock.nanoseconds &+ patience
+    let hasEnded: Bool? = state.wait(until: deadline) { $0.hasEnded ? true : nil }
+    if hasEnded == true { thread.withLock { $0.take() }?.join() }
+  }
 
   private func next() -> (any Sender)? {
     state.wait { state -> (any Sender)?? in

@@ -26,6 +26,14 @@ final class WatchedMemory: Sendable {
 
   init(_ userfaultfd: consuming Userfaultfd) { self.userfaultfd = userfaultfd }
 
+  /// The memory of a child that was forked just now: it lies where that of its parent does.
+  init(_ userfaultfd: consuming Userfaultfd, like parent: WatchedMemory) {
+    self.userfaultfd = userfaultfd
+    let present = parent.pieces.withLock { $0 }
+    pieces.withLock { $0 = present }
+    hasMoved.store(parent.hasMoved.load(ordering: .acquiring), ordering: .releasing)
+  }
+
   // MARK: - Filling
 
   /// As of `Userfaultfd`; what does not lie together now is left to the next call.

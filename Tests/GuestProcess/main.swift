@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // A process whose memory another process serves: for tests that kill it, or that serve
-// it over a descriptor. Usage: guest-process SOCKET PAGES THREADS [gives-back]
-// With gives-back it reads pages and drops them (MADV_DONTNEED) until it is killed.
+// it over a descriptor. Usage: guest-process SOCKET PAGES THREADS [gives-back | forks N DEPTH]
+// With gives-back it reads pages and drops them (MADV_DONTNEED) until it is killed. With forks it
+// forks N children (or children of their children), says so, and has them read the memory at the
+// next message; it answers with the words that were zero and the children that were lost.
 
 import GuestMemory
 import LinuxSystem
@@ -13,19 +15,30 @@ import TestSupport
 import Userfault
 
 let arguments = CommandLine.arguments
-guard (4...5).contains(arguments.count), let pages = Int(arguments[2]),
+guard (4...7).contains(arguments.count), let pages = Int(arguments[2]),
   let threads = Int(arguments[3])
 else {
   fatalError("usage: guest-process SOCKET PAGES THREADS [gives-back]")
 }
 let socket = try UnixSocket(connectingTo: FilePath(arguments[1]))
 let memory = try GuestMemoryObject(backing: .anonymous, length: pages * 4096)
-let userfaultfd = try Userfaultfd(wanting: PagerSession<PatternSource>.features.wanted)
+let forks =
+  arguments.count == 7 ? (count: Int(arguments[5]) ?? 0, depth: Int(arguments[6]) ?? 0) : nil
+let userfaultfd = try Userfaultfd(
+  wanting: PagerSession<PatternSource>.features.wanted.union(forks == nil ? [] : .forkEvents))
 try userfaultfd.register(memory.range, modes: .missing)
 let hello = "\(memory.range.start.rawValue) \(userfaultfd.features.rawValue)"
 try socket.send(Array(hello.utf8), descriptors: [userfaultfd.descriptor.rawValue])
 // The other side answers when it serves.
 _ = try socket.receive(limit: 1)
+
+if let forks, let readers = ForkedReaders() {
+  for _ in 0..<forks.count { readers.fork(memory.range, depth: forks.depth) }
+  try socket.send(Array("forked".utf8))
+  _ = try socket.receive(limit: 1)
+  let (zeros, lost) = readers.read()
+  try socket.send(Array("\(zeros) \(lost)".utf8))
+}
 
 let wrong = Atomic<Int>(0)
 let range = memory.range

@@ -15,14 +15,19 @@ package final class GuestProcess: Sendable {
   private let received: OwnedDescriptor
   private let features: UserfaultFeatures
 
-  /// - Parameter givesBack: it also drops pages that it has read, and ends only when it is killed.
-  package init(pages: Int, threads: Int, givesBack: Bool = false) throws {
+  /// - Parameters:
+  ///   - givesBack: it also drops pages that it has read, and ends only when it is killed.
+  ///   - forks: it forks so many children before it reads, as deep as that (`forked`).
+  package init(
+    pages: Int, threads: Int, givesBack: Bool = false, forks: (count: Int, depth: Int)? = nil
+  ) throws {
     let path = FileManager.default.temporaryDirectory.path + "/faultline-\(UUID().uuidString)"
     let listener = try UnixListener(path: FilePath(path))
     defer { try? FileManager.default.removeItem(atPath: path) }
     let process = Process()
     process.executableURL = builtProduct("guest-process")
     process.arguments = [path, "\(pages)", "\(threads)"] + (givesBack ? ["gives-back"] : [])
+    if let forks { process.arguments? += ["forks", "\(forks.count)", "\(forks.depth)"] }
     try launch(process)
     let socket = try listener.accept()
     let message = try socket.receive(limit: 128)
@@ -63,6 +68,24 @@ package final class GuestProcess: Sendable {
 
   /// Lets its threads begin.
   package func go() throws { try socket.send([1]) }
+
+  /// Waits until it has forked its children.
+  package func awaitForks() throws {
+    guard try socket.receive(limit: 64).bytes == Array("forked".utf8) else {
+      throw Errno.protocolError
+    }
+  }
+
+  /// Has the children read, and waits for that.
+  ///
+  /// - Returns: words that were zero and should not be, and children that were lost.
+  package func readInForks() throws -> [Int] {
+    try socket.send([1])
+    return String(decoding: try socket.receive(limit: 64).bytes, as: UTF8.self).split(
+      separator: " "
+    )
+    .compactMap { Int($0) }
+  }
 
   /// How many wrong words it read, when it is through.
   package func wrongWords() throws -> Int? {

@@ -49,4 +49,15 @@ long ctest_free_blocks(int file);
 long ctest_send_descriptor_copies(int socket, const void *bytes, size_t length, int descriptor,
                                   int count);
 
+/// Forks a child that waits until `*go` is not 0 and then reads the first word of each page, but
+/// of every eighth, which is zero in the tests' content. It exits with how many were zero, 100 at
+/// most. With a depth it forks one that does so in its place. Returns its process id.
+int ctest_fork_reader(uintptr_t address, size_t pages, volatile int *go, int depth);
+
+/// A word that forked children share; 0.
+volatile int *ctest_shared_word(void);
+
+/// Waits for a child; how it exited, or -1.
+int ctest_wait(int process);
+
 #endif
