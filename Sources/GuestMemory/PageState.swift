@@ -15,13 +15,15 @@ public enum PageState: UInt8, Sendable, CaseIterable {
   /// The guest gave the page up (madvise): it reads as zero, never as the source's
   /// content again.
   case removed = 3
-  /// No right content can be had; touching it is an error that the guest sees.
+  /// No right content can be had; touching it is an error that the guest sees: the kernel knows.
   case poisoned = 4
   /// The mapping is gone.
   case unmapped = 5
   /// Its content is zero, and nothing is in its place: it is zero by itself, also when nobody
   /// serves it any more.
   case zero = 6
+  /// No right content can be had, and the kernel was not told: who touches it waits.
+  case withheld = 7
 }
 
 /// The single truth about the pages of one region: one atomic byte for each page.

@@ -17,9 +17,11 @@ public enum PageStep: Sendable, CaseIterable {
   case leaveZero
   /// Proven: something is there that this session did not put there.
   case findThere
-  /// No right content is to be had.
+  /// No right content is to be had, and the kernel makes a touch an error.
   case fail
-  /// Its content is looked for again; only where the kernel was told of no error.
+  /// No right content is to be had, and the kernel is not told.
+  case withhold
+  /// Its content is looked for again.
   case retry
   /// The guest gives it up (REMOVE).
   case remove
@@ -37,11 +39,14 @@ extension PageState {
     case (.fill, .filling), (.fill, .present), (.fill, .removed), (.fill, .zero): .present
     case (.leaveZero, .filling): .zero
     case (.findThere, .filling), (.findThere, .present), (.findThere, .removed),
-      (.findThere, .zero), (.findThere, .poisoned):
+      (.findThere, .zero), (.findThere, .poisoned), (.findThere, .withheld):
       .present
     case (.fail, .absent), (.fail, .filling), (.fail, .present), (.fail, .removed), (.fail, .zero):
       .poisoned
-    case (.retry, .poisoned): .absent
+    case (.fail, .withheld): .poisoned
+    case (.withhold, .filling), (.withhold, .present), (.withhold, .removed), (.withhold, .zero):
+      .withheld
+    case (.retry, .withheld): .absent
     // What is mapped there since is not what was described: it gives up nothing.
     case (.remove, .unmapped): nil
     case (.remove, _): .removed
@@ -50,7 +55,7 @@ extension PageState {
     }
   }
 
-  /// Whether nothing is left to be done: the page may be let go of without becoming zeros that it
-  /// must not be. A poisoned one has to be known to the kernel for that.
+  /// Whether nothing is left to be filled. One that is withheld still has to be made an error before
+  /// its memory may be let go of.
   public var isSettled: Bool { self != .absent && self != .filling }
 }

@@ -24,11 +24,15 @@ extension PagerSession {
       guard region.states.load(page) == expected, !wasReleased else {
         return nil
       }
-      let finding =
-        canPoison
-        ? Finding(memory.poison(range, wakes: false), of: .poison, on: region.pageSize) : .done
+      guard canPoison else {
+        region.states.take(.withhold, page)
+        return .done
+      }
+      let finding = Finding(
+        memory.poison(range, wakes: false), of: .poison, on: region.pageSize)
       switch finding {
-      case .done, .impossible: region.states.take(.fail, page)
+      case .done: region.states.take(.fail, page)
+      case .impossible: region.states.take(.withhold, page)
       case .there: region.states.take(.findThere, page)
       case .unregistered: region.states.take(.unmap, page)
       default: break
@@ -130,10 +134,9 @@ extension PagerSession {
   /// Looks again for the content of pages that had none and were not poisoned
   /// (`DamagePolicy.wait`); whoever waits for them faults anew.
   public func retryFailed() {
-    guard !canPoison else { return }
     for region in regions {
       var page = 0
-      while let failed = region.states.first(.poisoned, in: page..<region.pageCount) {
+      while let failed = region.states.first(.withheld, in: page..<region.pageCount) {
         if region.states.take(.retry, failed) { memory.wake(region.range(of: failed)) }
         page = failed + 1
       }

@@ -42,13 +42,13 @@ extension PagerSession {
       return .complete
     }
     guard detachClones() else { return .impossible }
-    guard canSeal || isFilled && !hasUntoldFailures else { return .impossible }
+    guard canSeal || isFilled && !hasWithheld else { return .impossible }
     // Most of it while faults are served, so that nobody waits for long.
     if canSeal { _ = seal() }
     stop()
     // Nobody serves, and no page is claimed any more but by threads that are stuck. What was given
     // back since is sealed now.
-    guard isFilled && !hasUntoldFailures || sealUnserved() else { return .impossible }
+    guard isFilled && !hasWithheld || canSeal && sealUnserved() else { return .impossible }
     let missing = regions.reduce(0) { $0 + $1.states.count(of: .poisoned) }
     unregister()
     return missing == 0 || !hasGuestMemory ? .complete : .missing(pages: missing)
@@ -66,10 +66,9 @@ extension PagerSession {
 
   private var canSeal: Bool { memory.userfaultfd.features.contains(.poison) }
 
-  /// Whether pages without right content are not known to the kernel as such.
-  private var hasUntoldFailures: Bool {
-    !canPoison
-      && regions.contains { $0.states.first(.poisoned, in: 0..<$0.pageCount) != nil }
+  /// Whether there are pages without right content that the kernel was not told of.
+  var hasWithheld: Bool {
+    regions.contains { $0.states.first(.withheld, in: 0..<$0.pageCount) != nil }
   }
 
   /// Whether there is still an address space that could read wrong pages. A process that handed

@@ -71,12 +71,10 @@ extension PagerSession {
       case .zero:
         return install(
           zeroOrCached(fault, region), page, region, bench, counters, expecting: .zero)
-      case .poisoned:
-        guard canPoison else {
-          stopGuestIfSo()
-          return .resolved
-        }
-        return poisonAgain(page, region)
+      case .poisoned: return poisonAgain(page, region)
+      case .withheld:
+        stopGuestIfSo()
+        return .resolved
       case .unmapped: return .foreign
       }
     }

@@ -26,14 +26,14 @@ extension PagerSession {
         page = absent + max(1, claimed)
       }
     }
-    return sealFailed() && isSealed
+    return sealWithheld() && isSealed
   }
 
   /// The same once nobody serves: also for pages that a thread which is stuck has claimed.
   func sealUnserved() -> Bool {
     // Each time some were given back meanwhile; a thread that comes back does so once.
     for _ in 0..<16 {
-      guard !isFilled else { break }
+      guard !isFilled || hasWithheld else { break }
       for region in regions {
         var page = 0
         while let filling = region.states.first(.filling, in: page..<region.pageCount) {
@@ -43,15 +43,14 @@ extension PagerSession {
       }
       guard seal() else { return false }
     }
-    return isFilled && sealFailed()
+    return isFilled && !hasWithheld
   }
 
-  /// Pages that are known to be bad, and were not poisoned, are poisoned now.
-  private func sealFailed() -> Bool {
-    guard !canPoison else { return true }
+  /// Pages that are withheld are made errors.
+  private func sealWithheld() -> Bool {
     for region in regions {
       var page = 0
-      while let failed = region.states.first(.poisoned, in: page..<region.pageCount) {
+      while let failed = region.states.first(.withheld, in: page..<region.pageCount) {
         guard seal(failed..<failed + 1, region) else { return false }
         page = failed + 1
       }
@@ -94,7 +93,7 @@ extension PagerSession {
   /// caller holds the gate.
   private func poison(_ pages: Range<Int>, _ region: PagedRegion) -> (Finding?, Int) {
     let first = pages.lowerBound
-    func isMeant(_ page: Int) -> Bool { [.filling, .poisoned].contains(region.states.load(page)) }
+    func isMeant(_ page: Int) -> Bool { [.filling, .withheld].contains(region.states.load(page)) }
     let end = pages.first { !isMeant($0) } ?? pages.upperBound
     guard end > first else { return (nil, 0) }
     let resolution = memory.poison(region.range(of: first, count: end - first))

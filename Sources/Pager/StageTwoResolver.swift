@@ -55,7 +55,7 @@ public final class StageTwoResolver<Source: PageSource>: @unchecked Sendable {
         if session.hasEnded { return .ended }
         Pause.yield()
       case .present, .removed, .zero: return .ready
-      case .poisoned, .unmapped: return .failed
+      case .poisoned, .withheld, .unmapped: return .failed
       }
     }
   }

@@ -166,7 +166,7 @@ struct PageLife: Hashable {
         case .removed, .zero, .present:
           life.install(.zeros, expecting: life.state)
           life.faultThread = .idle
-        case .filling, .poisoned, .unmapped: life.faultThread = .idle
+        case .filling, .poisoned, .withheld, .unmapped: life.faultThread = .idle
         }
       }
     case .claimed:

@@ -83,6 +83,7 @@ struct PageLifeTests {
         case .poisoned: [.claim, .fail]
         case .unmapped: [.unmap]
         case .zero: [.claim, .leaveZero]
+        case .withheld: [.claim, .withhold]
         }
       for step in path { table.take(step, 3) }
       let before = table.load(3)
