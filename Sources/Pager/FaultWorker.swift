@@ -59,11 +59,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
         session.end(.processGone)
         return
       case .faults:
-        guard event?.isReadable == true else {
-          // An error and nothing to read: not a userfaultfd that can be served.
-          session.end(.failed(.ioError))
-          return
-        }
+        guard event?.isReadable == true || session.makeNonBlocking() else { return }
         server.readEvents(&events)
         if server.received &- start < pollLimit { noteShortSleep() }
         server.serve(&events, bench)

@@ -23,11 +23,7 @@ final class PooledSession<Source: PageSource>: PooledGuest {
   func turn(_ tools: inout PoolTools, isReadable: Bool) -> PooledTurn {
     server.withLock { server in
       guard server != nil, !session.isStopping else { return .left }
-      guard isReadable else {
-        // An error and nothing to read: not a userfaultfd that can be served.
-        session.end(.failed(.ioError))
-        return .left
-      }
+      guard isReadable || session.makeNonBlocking() else { return .left }
       do throws(Errno) {
         try tools.reserve(session.benchLength)
       } catch {

@@ -293,6 +293,19 @@ public final class PagerSession<Source: PageSource>: Sendable {
     }
   }
 
+  /// After an error was reported and nothing to read: poll(2) says so of a userfaultfd that waits
+  /// (fs/userfaultfd.c, userfaultfd_poll), and another process that has the open file too can make
+  /// it wait. Whether it does not any more; if it is no such thing, the session has ended.
+  func makeNonBlocking() -> Bool {
+    do throws(Errno) {
+      try memory.userfaultfd.descriptor.setNonBlocking(true)
+      return true
+    } catch {
+      end(.failed(error))
+      return false
+    }
+  }
+
   /// Notes that memory was moved. The caller holds the gate alone.
   func move(from: HostAddress, to: HostAddress, length: Int) {
     guard let cuts = memory.move(from: from, to: to, length: length, regions: regions) else {

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
+import FaultlineDaemon
 import Foundation
 import HandoverClient
 import HandoverProtocol
 import LinuxSystem
+import MemoryImage
 import Synchronization
 import SystemPackage
 import TestSupport
@@ -51,6 +53,61 @@ struct MinorTests {
       #expect(try service.request("GET", "/v1/sessions/1").contains("\"continued_pages\":0,"))
       withExtendedLifetime(client) {}
     }
+  }
+
+  /// How the pages of a file that has old content everywhere are brought.
+  enum Bringing: CaseIterable { case touched, filled, letGo }
+
+  @Test(
+    "What the file had before is nowhere to be seen, where the image has zeros too",
+    arguments: Bringing.allCases)
+  func oldContent(bringing: Bringing) throws { try oldContent(.size4KiB, bringing) }
+
+  @Test(
+    "Nor is it in huge pages", .enabled(if: Host.hasHugePages(8), "needs 8 free pages of 2 MiB"),
+    arguments: Bringing.allCases)
+  func oldContentInHugePages(bringing: Bringing) throws { try oldContent(.size2MiB, bringing) }
+
+  private func oldContent(_ pageSize: PageSize, _ bringing: Bringing) throws {
+    try withTemporaryDirectory { directory in
+      // The second huge page is zero in the image as a whole.
+      let image = try sparseImage(directory + "/base.img", blocks: 3 * 512, zeros: 512..<1024)
+      let service = try Service(in: directory, handover: "faultline", image: image)
+      let vmm = try SharedMemoryVMM(
+        pages: 3 * PageSize.size2MiB.bytes / pageSize.bytes, pageSize: pageSize)
+      try vmm.file.seal(futureWrites: false)
+      // Through a mapping that is not registered, as an earlier guest would have left it.
+      let before = try Mapping(of: vmm.file)
+      for block in 0..<3 * 512 { store(0xDEAD, before.range, offset: block * 4096) }
+      let client = try attach(service, vmm, pageSize: pageSize)
+      switch bringing {
+      case .touched: break
+      case .filled:
+        _ = try service.request("POST", "/v1/sessions/1/fill")
+        #expect(Delay.until { (try? service.sessions().first?.fill.phase) == "done" })
+      case .letGo:
+        _ = try service.request("DELETE", "/v1/sessions/1")
+        #expect(Delay.until { (try? service.sessions().isEmpty) == true })
+      }
+      for block in 0..<3 * 512 {
+        let right: GuardedValue = (512..<1024).contains(block) ? .value(0) : word(block)
+        #expect(guardedLoad(vmm.range, offset: block * 4096) == right, "block \(block)")
+      }
+      withExtendedLifetime(client) {}
+    }
+  }
+
+  /// A pattern image in which some blocks are zero beside those that are anyway.
+  private func sparseImage(_ path: String, blocks: Int, zeros: Range<Int>) throws -> String {
+    let writer = try ImageWriter(path: FilePath(path), regions: imageRegions([blocks]))
+    for block in 0..<blocks where !zeros.contains(block) {
+      let words = [UInt64](repeating: PatternSource.word(block: block, seed: 7), count: 512)
+      try unsafe words.withUnsafeBytes { bytes in
+        try unsafe writer.blocks.write(region: 0, firstBlock: block, bytes: bytes)
+      }
+    }
+    try writer.finish()
+    return path
   }
 
   @Test(

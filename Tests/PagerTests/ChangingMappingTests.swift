@@ -52,6 +52,16 @@ struct ChangingMappingTests {
     for block in 0..<64 { #expect(load(guest.range, offset: block * 4096) == UInt64(block) + 1000) }
   }
 
+  @Test(
+    "MADV_DONTNEED on shared memory that is not filled yet gives it up, as MADV_REMOVE does",
+    arguments: MemoryCase.memfd)
+  func dontNeedSharedUnfilled(kind: MemoryCase) throws {
+    let guest = try ServedMemory(kind, pages: 64)
+    try guest.memory.mapping.advise(.dontNeed, offset: 0, length: 32 * 4096)
+    for block in 0..<32 { #expect(load(guest.range, offset: block * 4096) == 0) }
+    #expect(guest.wrongBlocks(32..<64).isEmpty)
+  }
+
   @Test("Without remove events a page dropped by madvise reads as zero")
   func dontNeedWithoutEvents() throws {
     let guest = try ServedMemory(MemoryCase.all[0], pages: 64, without: .removeEvents)
