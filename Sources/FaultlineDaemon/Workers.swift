@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import LinuxSystem
+internal import Synchronization
 internal import SystemPackage
 
 /// Threads for work that may take its time. Some are made at the start and stay, so that there are
@@ -91,8 +92,10 @@ final class Workers: Sendable {
       state.threads += 1
     }
     do throws(Errno) {
+      // The thread may stay for ever; the job, and what it holds, goes when it is done.
+      let first = FirstJob(job)
       _ = try NamedThread(name: name) { [self] in
-        job?()
+        first.take()?()
         serve()
       }
     } catch {
@@ -137,5 +140,12 @@ final class Workers: Sendable {
       state.idle -= 1
       state.threads -= 1
     }
+  }
+
+  /// What a new thread begins with.
+  private final class FirstJob: Sendable {
+    private let job: Mutex<Job?>
+    init(_ job: Job?) { self.job = Mutex(job) }
+    func take() -> Job? { job.withLock { $0.take() } }
   }
 }
