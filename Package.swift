@@ -56,7 +56,6 @@ let package = Package(
     .package(url: "https://github.com/apple/swift-system", from: "1.8.1"),
     .package(url: "https://github.com/jpsim/Yams", from: "6.2.2"),
     .package(url: "https://github.com/apple/swift-log", from: "1.16.2"),
-    .package(url: "https://github.com/swhitty/FlyingFox", from: "0.27.1"),
   ],
   targets: [
     // C: kernel ABI, a hash, the guest's machine code, and the benchmarks' peer and hostile guests.
@@ -100,7 +99,6 @@ let package = Package(
         "DaemonConfiguration", "VMMAdapters", "HandoverProtocol", "Pager", "MemoryImage",
         "GuestMemory", "Userfault", "LinuxSystem", "CLinux", systemPackage,
         .product(name: "Logging", package: "swift-log"),
-        .product(name: "FlyingFox", package: "FlyingFox"),
       ],
       swiftSettings: swiftSettings),
     library(

@@ -3,12 +3,18 @@
 #include "CLinux.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/file.h>
 #include <sys/uio.h>
 
-enum { MAX_DESCRIPTORS = 16 };
+enum {
+  MAX_DESCRIPTORS = 16,
+  /// SCM_MAX_FD of the kernel: more are in no message.
+  MAX_RECEIVED = 253
+};
 
 long clinux_send_descriptors(int fd, const void *bytes, size_t length, const int *descriptors,
                              size_t count) {
@@ -32,10 +38,11 @@ long clinux_send_descriptors(int fd, const void *bytes, size_t length, const int
   return clinux_result(sendmsg(fd, &message, MSG_NOSIGNAL));
 }
 
-long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descriptors,
-                                size_t *count) {
+/// All descriptors that there is room for, and -EMSGSIZE when there were more.
+static long receive_message(int fd, void *bytes, size_t length, int *descriptors, size_t *count,
+                            int flags) {
   union {
-    char bytes[CMSG_SPACE(MAX_DESCRIPTORS * sizeof(int))];
+    char bytes[CMSG_SPACE(MAX_RECEIVED * sizeof(int))];
     struct cmsghdr alignment;
   } control;
   struct iovec vector = {.iov_base = bytes, .iov_len = length};
@@ -45,7 +52,7 @@ long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descrip
                            .msg_controllen = sizeof control.bytes};
   size_t room = *count;
   *count = 0;
-  long received = clinux_result(recvmsg(fd, &message, MSG_CMSG_CLOEXEC));
+  long received = clinux_result(recvmsg(fd, &message, MSG_CMSG_CLOEXEC | flags));
   if (received < 0) return received;
   int overflow = (message.msg_flags & MSG_CTRUNC) != 0;
   for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header;
@@ -63,10 +70,25 @@ long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descrip
       }
     }
   }
-  if (!overflow) return received;
-  while (*count > 0) close(descriptors[--*count]);
-  return -EMSGSIZE;
+  return overflow ? -EMSGSIZE : received;
 }
+
+long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descriptors,
+                                size_t *count) {
+  long received = receive_message(fd, bytes, length, descriptors, count, 0);
+  if (received != -EMSGSIZE) return received;
+  while (*count > 0) close(descriptors[--*count]);
+  return received;
+}
+
+long clinux_receive_all_nowait(int fd, void *bytes, size_t length, int *descriptors,
+                               size_t *count) {
+  return receive_message(fd, bytes, length, descriptors, count, MSG_DONTWAIT);
+}
+
+short clinux_poll_hangup(void) { return POLLRDHUP; }
+
+uint32_t clinux_epoll_hangup(void) { return EPOLLRDHUP; }
 
 long clinux_peer_credentials(int fd, int *process, uint32_t *user, uint32_t *group) {
   struct ucred credentials;

@@ -33,37 +33,46 @@ final class Attachment: Sendable {
     self.log = log
   }
 
-  /// Receives what one VMM hands over, and begins to serve it, or says why not.
+  /// Takes what one VMM has handed over, and begins to serve it, or says why not.
   func handle(
-    _ socket: consuming UnixSocket, stopSign: CInt, _ configuration: ListenConfiguration
-  ) {
-    let connection = HandoverConnection(socket)
+    _ client: ArrivingVMM, _ configuration: ListenConfiguration
+  ) -> Reception<ArrivingVMM>.Outcome {
+    guard let connection = client.takeConnection() else { return .done }
     do throws(HandoverError) {
       switch configuration.handover {
-      case .firecracker: try attachFirecracker(connection, stopSign, configuration)
+      case .firecracker: try attachFirecracker(connection, configuration)
       case .faultline:
-        guard try attachFaultline(connection, stopSign, configuration) else {
-          registry.noteHandover("opened")
-          return
+        guard try attachFaultline(connection, client, configuration) else {
+          client.giveBack(connection)
+          return .waitsAgain
         }
       }
       registry.noteHandover("accepted")
     } catch {
+      guard error.code != .disconnected || client.opened.withLock({ $0 == nil }) else {
+        // It had the image, and left.
+        registry.noteHandover("opened")
+        return .done
+      }
       registry.noteHandover(error.code.name)
-      var metadata: Logger.Metadata = ["socket": "\(configuration.socket)"]
       // Its lines are counted as that user's.
-      if let peer = error.peer { metadata["uid"] = "\(peer.userID)" }
-      log.warning("\(error)", metadata: metadata)
+      log.warning(
+        "\(error)",
+        metadata: ["socket": "\(configuration.socket)", "uid": "\(client.user)"])
     }
+    return .done
   }
 
   // MARK: - The two protocols
 
   private func attachFirecracker(
-    _ connection: HandoverConnection, _ stopSign: CInt, _ configuration: ListenConfiguration
+    _ connection: HandoverConnection, _ configuration: ListenConfiguration
   ) throws(HandoverError) {
-    let handover = try FirecrackerHandover.receive(
-      on: connection.socket, allowedUsers: configuration.allowedUsers, stopSign: stopSign)
+    let taken = try FirecrackerHandover.take(
+      from: connection, allowedUsers: configuration.allowedUsers)
+    guard let handover = taken else {
+      throw HandoverError(.inputOutput, "its message is not complete")
+    }
     let identity = GuestIdentity(name: nil, handover: .firecracker, peer: handover.peer)
     let regions = handover.regions
     let image = try image(for: identity, asking: nil, configuration).image
@@ -75,25 +84,19 @@ final class Attachment: Sendable {
       handover.userfaultfd, handover.process, configuration.sessions)
   }
 
-  /// - Returns: `false` when the VMM opened an image, and left.
+  /// - Returns: `false` when the VMM has opened an image, and is to say more.
   private func attachFaultline(
-    _ connection: HandoverConnection, _ stopSign: CInt, _ configuration: ListenConfiguration
+    _ connection: HandoverConnection, _ client: ArrivingVMM, _ configuration: ListenConfiguration
   ) throws(HandoverError) -> Bool {
-    var opened: (image: MemoryImage, cache: ImageCache)?
-    let request: HandoverRequest
-    do throws(HandoverError) {
-      request = try connection.receive(
-        allowedUsers: configuration.allowedUsers, stopSign: stopSign
-      ) { (request) throws(HandoverError) in
-        let (found, offer) = try self.open(request, configuration)
-        opened = found
-        return offer
-      }
-    } catch {
-      guard error.code == .disconnected, opened != nil else { throw error }
-      return false
+    let taken = try connection.take(allowedUsers: configuration.allowedUsers) {
+      (request) throws(HandoverError) in
+      let (found, offer) = try self.open(request, configuration)
+      client.opened.withLock { $0 = found }
+      return offer
     }
+    guard let request = taken else { return false }
     do throws(HandoverError) {
+      let opened = client.opened.withLock { $0 }
       let identity = GuestIdentity(
         name: request.name, handover: .faultline, peer: request.peer)
       var sessions = configuration.sessions
@@ -162,6 +165,8 @@ final class Attachment: Sendable {
     }
     do {
       return try images.image(at: path)
+    } catch let error as ImageRegistry.Unavailable {
+      throw HandoverError(.busy, "image \(path): \(error)", peer: identity.peer)
     } catch {
       throw HandoverError(.unknownImage, "image \(path): \(error)", peer: identity.peer)
     }

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 
-internal import FlyingFox
-internal import FlyingSocks
 internal import Foundation
 internal import LinuxSystem
 internal import Logging
@@ -10,11 +8,10 @@ internal import Pager
 internal import Synchronization
 internal import SystemPackage
 
-/// The control API (docs/control.md). What may take long runs in threads of its own.
+/// The control API (docs/control.md).
 final class ControlService: Sendable {
   /// The version that `health` says.
   static let version = "0.1.0"
-  private static let bodyLimit = 65_536
 
   private let registry: SessionRegistry
   private let images: ImageRegistry
@@ -37,171 +34,119 @@ final class ControlService: Sendable {
   }
 
   /// What is known to everybody: health and metrics.
-  func plainAnswer(_ path: String) -> PlainAnswer? {
+  func plainAnswer(_ request: HTTPRequest) -> HTTPAnswer {
+    guard ["GET", "HEAD"].contains(request.method) else {
+      return .failure(405, "there is GET only")
+    }
+    return plain(request.path) ?? .failure(404, "there are /metrics and /v1/health")
+  }
+
+  private func plain(_ path: String) -> HTTPAnswer? {
     switch path {
     case "/metrics":
-      return PlainAnswer(
-        contentType: MetricsText.contentType,
-        body: MetricsText(registry, images: images.count, caches, logWriter.dropped).text)
+      let text = MetricsText(registry, images: images.count, caches, logWriter.dropped).text
+      return HTTPAnswer(contentType: MetricsText.contentType, body: Data(text.utf8))
     case "/v1/health", "/health":
       let isDraining = isDraining.load(ordering: .acquiring)
       let health = ControlMessage.Health(
         status: isDraining ? "draining" : "ok", version: Self.version, sessions: registry.count)
-      return PlainAnswer(
-        status: isDraining ? "503 Service Unavailable" : "200 OK",
-        body: String(decoding: Self.json(health), as: UTF8.self))
+      return answer(isDraining ? 503 : 200, health)
     default: return nil
     }
   }
 
-  /// Adds all paths to the server of the control socket.
-  func addRoutes(to server: HTTPServer) async {
-    for path in ["/metrics", "/v1/health", "/health"] {
-      await server.appendRoute(HTTPRoute("GET \(path)")) { [self] _ in
-        guard let answer = plainAnswer(path) else { return failure(.notFound, path) }
-        return HTTPResponse(
-          statusCode: answer.status.hasPrefix("200") ? .ok : .serviceUnavailable,
-          headers: [.contentType: answer.contentType], body: Data(answer.body.utf8))
-      }
-    }
-    await server.appendRoute("GET /v1/sessions") { [self] _ in
-      answer(
-        .ok,
+  /// What operators get. May take long: it is called in threads for that.
+  func answer(_ request: HTTPRequest) -> HTTPAnswer {
+    if ["GET", "HEAD"].contains(request.method), let answer = plain(request.path) { return answer }
+    let unknown = HTTPAnswer.failure(
+      404, "\(request.method) \(request.path) is not in docs/control.md")
+    let parts = request.path.split(separator: "/", omittingEmptySubsequences: false).dropFirst()
+    guard parts.starts(with: ["v1", "sessions"]), parts.count <= 4 else { return unknown }
+    guard let id = parts.dropFirst(2).first else {
+      guard request.method == "GET" else { return unknown }
+      return answer(
+        200,
         ControlMessage.SessionList(
           sessions: registry.all.map { $0.summary(withStatistics: false) }))
     }
-    await addRoute(server, "GET /v1/sessions/:id") { [self] session, _ in
-      answer(.ok, session.summary(withStatistics: true))
+    guard let session = registry[String(id)] else {
+      return .failure(404, "there is no session \(id)")
     }
-    await addRoute(server, "DELETE /v1/sessions/:id") { [self] session, _ in
+    do {
+      let part = parts.dropFirst(3).first.map(String.init)
+      return try answer(request, about: session, part) ?? unknown
+    } catch let error as DecodingError {
+      return .failure(400, "the body is not as in docs/control.md: \(error)")
+    } catch let error as PagerError where error.errno == .resourceTemporarilyUnavailable {
+      return .failure(503, "\(error)")
+    } catch {
+      return .failure(500, "\(error)")
+    }
+  }
+
+  private func answer(
+    _ request: HTTPRequest, about session: GuestSession, _ part: String?
+  ) throws -> HTTPAnswer? {
+    switch (request.method, part) {
+    case ("GET", nil): return answer(200, session.summary(withStatistics: true))
+    case ("DELETE", nil):
       guard supervisor.detach(session, "an operator detached it") else {
         return notServing(session)
       }
-      return answer(.accepted, session.summary(withStatistics: false))
-    }
-    await addRoute(server, "POST /v1/sessions/:id/fill") { [self] session, body in
-      let request =
-        body.isEmpty
+    case ("POST", "fill"):
+      let wanted =
+        request.body.isEmpty
         ? ControlMessage.FillRequest()
-        : try JSONDecoder().decode(ControlMessage.FillRequest.self, from: body)
-      guard (request.rate ?? 1) > 0 else {
-        return failure(.badRequest, "\"rate\" is not at least 1 byte a second")
+        : try JSONDecoder().decode(ControlMessage.FillRequest.self, from: request.body)
+      guard (wanted.rate ?? 1) > 0 else {
+        return .failure(400, "\"rate\" is not at least 1 byte a second")
       }
       guard session.currentPhase == .serving else { return notServing(session) }
       session.pager.stopFill()
-      try session.startFill(rate: request.rate, replays: false)
-      return answer(.accepted, session.summary(withStatistics: false))
-    }
-    await addRoute(server, "DELETE /v1/sessions/:id/fill") { [self] session, _ in
+      try session.startFill(rate: wanted.rate, replays: false)
+    case ("DELETE", "fill"):
       // What lets go of a guest needs it filled.
       guard session.currentPhase == .serving else { return notServing(session) }
       session.pager.stopFill()
-      return answer(.accepted, session.summary(withStatistics: false))
-    }
-    await addRoute(server, "GET /v1/sessions/:id/working-set") { [self] session, _ in
-      answer(
-        .ok,
+    case ("POST", "retry"): session.pager.retryFailed()
+    case ("GET", "working-set"):
+      return answer(
+        200,
         ControlMessage.WorkingSetList(
           runs: session.pager.recordedWorkingSet.map {
             ControlMessage.Run(
               region: $0.region, firstBlock: $0.firstBlock, blockCount: $0.blockCount)
           }))
-    }
-    await addRoute(server, "POST /v1/sessions/:id/working-set") { [self] session, _ in
+    case ("POST", "working-set"):
       guard session.pager.hasRecorded else {
-        return failure(.conflict, "session \(session.id) has not recorded (`faultline record`)")
+        return .failure(409, "session \(session.id) has not recorded (`faultline record`)")
       }
       let blocks = try session.storeWorkingSet()
       log.info("\(blocks) blocks of session \(session.id) are the image's working set now")
-      return answer(.ok, session.summary(withStatistics: false))
-    }
-    await addRoute(server, "POST /v1/sessions/:id/recording") { [self] session, _ in
+      return answer(200, session.summary(withStatistics: false))
+    case ("POST", "recording"):
       guard session.currentPhase == .serving else { return notServing(session) }
       try session.pager.startRecording()
-      return answer(.ok, session.summary(withStatistics: false))
-    }
-    await addRoute(server, "DELETE /v1/sessions/:id/recording") { [self] session, _ in
+      return answer(200, session.summary(withStatistics: false))
+    case ("DELETE", "recording"):
       session.pager.stopRecording()
-      return answer(.ok, session.summary(withStatistics: false))
+      return answer(200, session.summary(withStatistics: false))
+    default: return nil
     }
-    await addRoute(server, "POST /v1/sessions/:id/retry") { [self] session, _ in
-      session.pager.retryFailed()
-      return answer(.accepted, session.summary(withStatistics: false))
-    }
-    await server.appendRoute("*") { [self] request in
-      failure(.notFound, "\(request.method.rawValue) \(request.path) is not in docs/control.md")
-    }
-  }
-
-  /// A route of one session, whose body may wait: it runs in a thread of its own, because the
-  /// cooperative pool has one for each processor.
-  private func addRoute(
-    _ server: HTTPServer, _ route: String,
-    _ body: @escaping @Sendable (GuestSession, Data) throws -> HTTPResponse
-  ) async {
-    await server.appendRoute(HTTPRoute(route)) { [self] request in
-      let id = request.routeParameters["id"] ?? ""
-      guard let session = registry[id] else {
-        return failure(.notFound, "there is no session \(id)")
-      }
-      let length = request.headers[.contentLength].flatMap(Int.init) ?? 0
-      guard request.headers[.transferEncoding] == nil, length <= Self.bodyLimit else {
-        return failure(.payloadTooLarge, "a body has at most \(Self.bodyLimit) bytes")
-      }
-      let data = length > 0 ? try await request.bodyData : Data()
-      do {
-        return try await Self.inThread { try body(session, data) }
-      } catch let error as DecodingError {
-        return failure(.badRequest, "the body is not as in docs/control.md: \(error)")
-      } catch {
-        return failure(.internalServerError, "\(error)")
-      }
-    }
-  }
-
-  private static func inThread(
-    _ body: @escaping @Sendable () throws -> HTTPResponse
-  ) async throws -> HTTPResponse {
-    try await withCheckedThrowingContinuation { continuation in
-      do throws(Errno) {
-        _ = try NamedThread(name: "control") {
-          continuation.resume(with: Result { try body() })
-        }
-      } catch {
-        continuation.resume(throwing: error)
-      }
-    }
+    return answer(202, session.summary(withStatistics: false))
   }
 
   // MARK: - Answers
 
-  private static func json(_ value: some Encodable) -> Data {
+  private func answer(_ status: Int, _ value: some Encodable) -> HTTPAnswer {
     let encoder = JSONEncoder()
     encoder.keyEncodingStrategy = .convertToSnakeCase
     encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
-    return ((try? encoder.encode(value)) ?? Data()) + Data("\n".utf8)
+    return HTTPAnswer(
+      status: status, body: ((try? encoder.encode(value)) ?? Data()) + Data("\n".utf8))
   }
 
-  private func answer(_ status: HTTPStatusCode, _ value: some Encodable) -> HTTPResponse {
-    HTTPResponse(
-      statusCode: status, headers: [.contentType: "application/json"], body: Self.json(value))
+  private func notServing(_ session: GuestSession) -> HTTPAnswer {
+    .failure(409, "session \(session.id) is \(session.currentPhase.rawValue)")
   }
-
-  private func notServing(_ session: GuestSession) -> HTTPResponse {
-    failure(.conflict, "session \(session.id) is \(session.currentPhase.rawValue)")
-  }
-
-  private func failure(_ status: HTTPStatusCode, _ text: String) -> HTTPResponse {
-    answer(status, ControlMessage.Failure(error: text))
-  }
-}
-
-/// FlyingFox's own messages, at the level of the daemon's log.
-struct HTTPLog: FlyingSocks.Logging {
-  let log: DaemonLogger
-  func logDebug(_ debug: @autoclosure () -> String) { log.trace("\(debug())") }
-  func logInfo(_ info: @autoclosure () -> String) { log.debug("\(info())") }
-  func logWarning(_ warning: @autoclosure () -> String) { log.debug("\(warning())") }
-  func logError(_ error: @autoclosure () -> String) { log.debug("\(error())") }
-  func logCritical(_ critical: @autoclosure () -> String) { log.debug("\(critical())") }
 }

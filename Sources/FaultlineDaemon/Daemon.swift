@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
 public import DaemonConfiguration
-internal import FlyingFox
-internal import FlyingSocks
 internal import Foundation
 internal import Glibc
 internal import LinuxSystem
@@ -26,15 +24,16 @@ public final class Daemon {
   private let log: Logger
   private var manager: ServiceManager
   private let registry = SessionRegistry()
-  private let images = ImageRegistry()
+  private let threads: DaemonThreads
+  private let images: ImageRegistry
   private let caches: ImageCaches
   private let pool: PagerPool
   private let supervisor: Supervisor
   private let control: ControlService
   private var listeners: [VMMListener] = []
-  private var controlServer: ControlServer?
-  private var metrics: MetricsServer?
-  private var controlPath: String?
+  private var controlServer: HTTPServer?
+  private var controlPath: SocketPath?
+  private var metrics: (server: HTTPServer, address: NetworkAddress)?
 
   /// What threads get at the end that are held up by something, in milliseconds.
   private static var stopTime: UInt64 { 2000 }
@@ -54,6 +53,8 @@ public final class Daemon {
     Limits.raiseOpenFiles()
     pool = try PagerPool(
       threads: configuration.faultThreads, capacity: configuration.maximumSessions)
+    threads = try DaemonThreads()
+    images = ImageRegistry(threads.opens)
     supervisor = try Supervisor(registry, log: log)
     caches = ImageCaches(limit: configuration.cacheLimit)
     control = ControlService(registry, images, caches, supervisor, logWriter, log: log)
@@ -69,7 +70,6 @@ public final class Daemon {
     manager.notify("READY=1\nSTATUS=\(configuration.listen.count) sockets for VMMs")
     log.info("ready: \(description)")
     while !Signals.wait(seconds: manager.interval, log) {
-      keepControl()
       manager.notify("WATCHDOG=1\nSTATUS=\(registry.count) sessions")
     }
     return drain()
@@ -95,11 +95,9 @@ public final class Daemon {
     try checkInherited()
     for socket in configuration.listen {
       let listener = try VMMListener(
-        socket, inherited: inherited[socket.socket] ?? -1, log: log)
+        socket, inherited: inherited[socket.socket] ?? -1, threads, attachment, registry, log: log)
       listeners.append(listener)
-      try listener.start { connection, stopSign in
-        attachment.handle(connection, stopSign: stopSign, socket)
-      }
+      try listener.start()
     }
   }
 
@@ -115,33 +113,33 @@ public final class Daemon {
   }
 
   private func openServers() throws {
-    try openControl()
+    if let path = configuration.controlSocket { try openControl(path) }
     guard let address = configuration.metricsAddress else { return }
-    let server = try MetricsServer(address, log: log)
-    try server.start { [control] in control.plainAnswer($0) }
-    metrics = server
-  }
-
-  /// Opens the control socket, or opens it again: FlyingFox's server ends for good when a
-  /// connection cannot be accepted, such as with too many open files.
-  private func openControl() throws {
-    guard let path = configuration.controlSocket else { return }
-    if controlServer == nil { try SocketPath.clear(path) } else { unsafe unlink(path) }
-    controlPath = path
-    let server = HTTPServer(address: .unix(path: path), timeout: 60, logger: HTTPLog(log: log))
-    try SocketPath.withMode(0o600) {
-      controlServer = try ControlServer(server, control)
+    do throws(Errno) {
+      let server = try HTTPServer(
+        try HTTPServer.listen(on: address), name: "\(address)", threads, log: log
+      ) { [control] in control.plainAnswer($0) }
+      try server.start()
+      metrics = (server, NetworkAddress(host: address.host, port: try server.port))
+    } catch {
+      throw DaemonError(
+        "the metrics cannot be offered on \(address): \(error). Name another address with "
+          + "--metrics, or one of this machine.")
     }
   }
 
-  /// Opens the control socket again if it has ended.
-  private func keepControl() {
-    guard controlServer?.hasEnded == true else { return }
+  private func openControl(_ path: String) throws {
     do {
-      try openControl()
-      log.warning("the control socket had ended, and was opened again")
+      let socket = try SocketPath(path)
+      let listener = try socket.listen(mode: 0o600)
+      controlPath = consume socket
+      let server = try HTTPServer(
+        listener, name: path, threads, log: log
+      ) { [control] in control.answer($0) }
+      try server.start()
+      controlServer = server
     } catch {
-      log.error("the control socket has ended: \(error)")
+      throw DaemonError("the control socket cannot be opened: \(error)")
     }
   }
 
@@ -195,19 +193,22 @@ public final class Daemon {
 
   /// Once: another daemon may have the path from here on.
   private func stopListeners() {
-    for listener in listeners { listener.stop() }
+    for listener in listeners { listener.stop(milliseconds: Self.stopTime) }
     listeners = []
   }
 
+  /// Ends in bounded time, whatever holds a thread up.
   private func closeAll() {
     stopListeners()
-    controlServer?.stop()
-    metrics?.stop()
-    if let controlPath { unsafe unlink(controlPath) }
+    controlServer?.stop(milliseconds: Self.stopTime)
+    controlPath = nil
+    metrics?.server.stop(milliseconds: Self.stopTime)
     if registry.count == 0 {
       supervisor.stop(milliseconds: Self.stopTime)
-      pool.stop()
+      let pool = pool
+      threads.requests.run { pool.stop() }
     }
+    threads.stop()
     logWriter.flush(milliseconds: Self.flushTime)
   }
 }
@@ -245,16 +246,5 @@ enum Signals {
     let name = [SIGHUP: "SIGHUP", SIGUSR1: "SIGUSR1"][found] ?? "SIGUSR2"
     log.info("\(name) does nothing here; SIGTERM ends the service")
     return false
-  }
-}
-
-/// What this process may have.
-enum Limits {
-  /// Takes as many descriptors as are allowed: a session needs a few.
-  static func raiseOpenFiles() {
-    var limit = rlimit()
-    guard unsafe getrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit) == 0 else { return }
-    limit.rlim_cur = limit.rlim_max
-    _ = unsafe setrlimit(__rlimit_resource_t(RLIMIT_NOFILE.rawValue), &limit)
   }
 }

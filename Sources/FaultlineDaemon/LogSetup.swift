@@ -32,9 +32,6 @@ struct LineLogHandler: LogHandler {
   }
 }
 
-/// swift-log's, for files in which another module's `Logging` is in the way.
-typealias DaemonLogger = Logger
-
 extension Logger {
   /// The `source` of a line about the begin or the end of a session: no flood of the session's hides
   /// it.

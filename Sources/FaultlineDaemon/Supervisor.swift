@@ -57,7 +57,7 @@ final class Supervisor: Sendable {
   /// Has a session's connection watched.
   func watch(_ session: GuestSession) throws(Errno) {
     guard let connection = session.connection, let number = UInt64(session.id) else { return }
-    try poller.addOnce(connection.socket.descriptor.rawValue, tag: number)
+    try poller.addHangup(connection.socket.descriptor.rawValue, tag: number)
   }
 
   private func watch() {
@@ -70,14 +70,8 @@ final class Supervisor: Sendable {
         wakeSign.reset()
         continue
       }
-      guard let session = registry["\(event.tag)"], let connection = session.connection else {
-        continue
-      }
-      if connection.hasClosed() {
-        end(session, "its connection was closed")
-      } else {
-        try? poller.rearm(connection.socket.descriptor.rawValue, tag: event.tag)
-      }
+      guard let session = registry["\(event.tag)"] else { continue }
+      end(session, "its connection was closed")
     }
   }
 

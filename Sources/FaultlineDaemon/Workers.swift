@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import LinuxSystem
-internal import Synchronization
 internal import SystemPackage
 
 /// Threads for work that may take its time. Some are made at the start and stay, so that there are
@@ -13,11 +12,17 @@ final class Workers: Sendable {
   typealias Job = @Sendable () -> Void
 
   private struct State {
-    var jobs: [Job] = []
+    var jobs: [(number: UInt64, job: Job)] = []
+    var lastNumber: UInt64 = 0
     var threads = 0
-    /// Of the threads: those that have no job.
+    /// Of the threads: those that have no job, and those that are about to begin.
     var idle = 0
     var isStopping = false
+
+    mutating func add(_ job: @escaping Job) {
+      lastNumber += 1
+      jobs.append((lastNumber, job))
+    }
   }
 
   private let name: String
@@ -79,33 +84,40 @@ final class Workers: Sendable {
   private func take(_ job: @escaping Job, queues: Bool) -> Bool {
     state.withLock { state in
       guard queues || state.idle > state.jobs.count else { return false }
-      state.jobs.append(job)
+      state.add(job)
       return true
     }
   }
 
+  /// Makes a thread, for a job that nobody else can take before it: it is in the queue, and not kept by
+  /// the thread, for as long as that lives.
   private func addThread(with job: Job? = nil) throws(Errno) {
-    try state.withLock { (state) throws(Errno) in
+    let number = try state.withLock { (state) throws(Errno) -> UInt64? in
       guard state.threads < limit, !state.isStopping else {
         throw .resourceTemporarilyUnavailable
       }
       state.threads += 1
+      state.idle += 1
+      guard let job else { return nil }
+      state.add(job)
+      return state.lastNumber
     }
     do throws(Errno) {
-      // The thread may stay for ever; the job, and what it holds, goes when it is done.
-      let first = FirstJob(job)
-      _ = try NamedThread(name: name) { [self] in
-        first.take()?()
-        serve()
-      }
+      _ = try NamedThread(name: name) { [self] in serve() }
     } catch {
-      state.withLock { $0.threads -= 1 }
-      throw error
+      let isTaken = state.withLock { state in
+        state.threads -= 1
+        state.idle -= 1
+        guard let index = state.jobs.firstIndex(where: { $0.number == number }) else { return true }
+        state.jobs.remove(at: index)
+        return false
+      }
+      // A thread that became free meanwhile may have it.
+      if number == nil || !isTaken { throw error }
     }
   }
 
   private func serve() {
-    state.withLock { $0.idle += 1 }
     while true {
       // The reserve stays, and sleeps.
       let isExtra = state.withLock { $0.threads > reserve }
@@ -113,7 +125,7 @@ final class Workers: Sendable {
       let job = state.wait(until: deadline) { state -> Job?? in
         if !state.jobs.isEmpty {
           state.idle -= 1
-          return .some(state.jobs.removeFirst())
+          return .some(state.jobs.removeFirst().job)
         }
         return state.isStopping ? .some(nil) : nil
       }
@@ -140,12 +152,5 @@ final class Workers: Sendable {
       state.idle -= 1
       state.threads -= 1
     }
-  }
-
-  /// What a new thread begins with.
-  private final class FirstJob: Sendable {
-    private let job: Mutex<Job?>
-    init(_ job: Job?) { self.job = Mutex(job) }
-    func take() -> Job? { job.withLock { $0.take() } }
   }
 }

@@ -44,6 +44,12 @@ public struct Poller: ~Copyable, Sendable {
     _ = try check(clinux_epoll_add(descriptor.rawValue, watched, events, tag))
   }
 
+  /// Watches a socket for its peer's end only (EPOLLRDHUP), once.
+  public borrowing func addHangup(_ watched: CInt, tag: UInt64) throws(Errno) {
+    let events = clinux_epoll_hangup() | EPOLLONESHOT.rawValue
+    _ = try check(clinux_epoll_add(descriptor.rawValue, watched, events, tag))
+  }
+
   /// Watches a descriptor of `addOnce` for the next time.
   public borrowing func rearm(_ watched: CInt, tag: UInt64) throws(Errno) {
     let events = EPOLLIN.rawValue | EPOLLONESHOT.rawValue

@@ -55,6 +55,13 @@ extension UnixSocket {
     get throws(Errno) { try PollSet(descriptor.rawValue, -1).wait(milliseconds: 0) != nil }
   }
 
+  /// Whether the peer has closed, or sends no more (POLLRDHUP, poll(2)), whatever can be received
+  /// yet.
+  public var isHungUp: Bool {
+    var set = pollfd(fd: descriptor.rawValue, events: clinux_poll_hangup(), revents: 0)
+    return unsafe clinux_poll(&set, 1, 0) > 0
+  }
+
   /// Waits until something can be received, or the peer has closed.
   ///
   /// - Parameters:
@@ -89,6 +96,33 @@ extension UnixSocket {
     let message = try receive(limit: limit, descriptorLimit: room)
     descriptors.append(owning: message.descriptors)
     return message.bytes
+  }
+
+  /// Receives what is there without waiting, at most `limit` bytes; `nil` when there is nothing, no
+  /// bytes when the peer has closed. All descriptors that come with it are added to the list, up to 253
+  /// (SCM_MAX_FD): closing one can wait for what is behind it.
+  ///
+  /// `messageTooLong`: more than this process may have open; those that fit are in the list.
+  public func receiveWithoutWaiting(
+    limit: Int, into descriptors: inout DescriptorList
+  ) throws(Errno) -> [UInt8]? {
+    var bytes = [UInt8](repeating: 0, count: limit)
+    var numbers = [CInt](repeating: -1, count: 253)
+    var count = 0
+    let socket = descriptor.rawValue
+    var received = 0
+    repeat {
+      count = numbers.count
+      received = unsafe bytes.withUnsafeMutableBytes { buffer in
+        unsafe numbers.withUnsafeMutableBufferPointer { room in
+          unsafe clinux_receive_all_nowait(
+            socket, buffer.baseAddress, buffer.count, room.baseAddress, &count)
+        }
+      }
+      descriptors.append(owning: Array(numbers.prefix(count)))
+    } while received == -Int(EINTR)
+    if received == -Int(EAGAIN) { return nil }
+    return Array(bytes.prefix(try check(received)))
   }
 
   /// Sends as many of the bytes as the socket takes without waiting; 0 when it is full.

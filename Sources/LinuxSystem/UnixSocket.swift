@@ -13,11 +13,16 @@ public struct UnixSocket: ~Copyable, Sendable {
   public init(owning descriptor: consuming OwnedDescriptor) { self.descriptor = descriptor }
 
   /// Connects to a listener's path.
-  public init(connectingTo path: FilePath) throws(Errno) {
+  ///
+  /// - Parameter waits: `false` throws `resourceTemporarilyUnavailable` in place of waiting when the
+  ///   listener's queue is full.
+  public init(connectingTo path: FilePath, waits: Bool = true) throws(Errno) {
     let socket = OwnedDescriptor(owning: CInt(try check(clinux_socket_stream())))
+    if !waits { try socket.setNonBlocking(true) }
     var address = try UnixListener.address(of: path)
     _ = try unsafe check(
       clinux_connect(socket.rawValue, &address, socklen_t(MemoryLayout<sockaddr_un>.size)))
+    if !waits { try socket.setNonBlocking(false) }
     descriptor = socket
   }
 

@@ -42,11 +42,40 @@ public struct FirecrackerHandover: ~Copyable, Sendable {
     on socket: borrowing UnixSocket, limits: HandoverLimits = HandoverLimits(),
     allowedUsers: Set<UInt32>? = nil, stopSign: CInt = -1
   ) throws(HandoverError) -> FirecrackerHandover {
+    var inbox = HandoverInbox(.array, limits)
+    let deadline = limits.deadline
     let sender = try Sender(socket, allowedUsers: allowedUsers)
+    while true {
+      if let handover = try take(from: &inbox, socket, sender, limits) { return handover }
+      do throws(HandoverError) {
+        try socket.awaitHandover(before: deadline, stopSign: stopSign)
+      } catch {
+        throw error.from(sender.credentials)
+      }
+      inbox.collect(from: socket)
+    }
+  }
+
+  /// The same, of what a connection has collected (`HandoverConnection.collect`): never waits for
+  /// the VMM.
+  ///
+  /// - Returns: `nil` when its message is not complete.
+  public static func take(
+    from connection: HandoverConnection, allowedUsers: Set<UInt32>? = nil
+  ) throws(HandoverError) -> FirecrackerHandover? {
+    let sender = try Sender(connection.socket, allowedUsers: allowedUsers)
+    return try connection.withInbox { (inbox) throws(HandoverError) in
+      try take(from: &inbox, connection.socket, sender, connection.limits)
+    }
+  }
+
+  private static func take(
+    from inbox: inout HandoverInbox, _ socket: borrowing UnixSocket, _ sender: Sender,
+    _ limits: HandoverLimits
+  ) throws(HandoverError) -> FirecrackerHandover? {
     do throws(HandoverError) {
-      var descriptors = DescriptorList()
-      let message = try receiveArray(
-        on: socket, into: &descriptors, limits: limits, stopSign: stopSign)
+      guard let message = try inbox.next() else { return nil }
+      var descriptors = inbox.takeDescriptors()
       let regions = try HandedRegion.check(decode(message), limit: limits.regions)
       let userfaultfd = try receivedUserfaultfd(&descriptors)
       try HandedRegion.check(regions, against: userfaultfd)
@@ -59,39 +88,6 @@ public struct FirecrackerHandover: ~Copyable, Sendable {
   }
 
   // MARK: - The message
-
-  private static func receiveArray(
-    on socket: borrowing UnixSocket, into descriptors: inout DescriptorList,
-    limits: HandoverLimits, stopSign: CInt
-  ) throws(HandoverError) -> [UInt8] {
-    let deadline = limits.deadline
-    var message: [UInt8] = []
-    var extent = JSONExtent()
-    while true {
-      let room = limits.messageBytes - message.count
-      guard room > 0 else {
-        throw HandoverError(.limitExceeded, "its message passes \(limits.messageBytes) bytes")
-      }
-      let piece = try socket.receiveHandover(
-        limit: min(room, 16 << 10), into: &descriptors, descriptorLimit: 1, deadline: deadline,
-        stopSign: stopSign)
-      guard !piece.isEmpty else {
-        throw HandoverError(
-          .disconnected, "it ended after \(message.count) bytes, before its list was complete")
-      }
-      message += piece
-      switch extent.scan(message) {
-      case .incomplete: continue
-      case .impossible(let reason): throw HandoverError(.malformed, reason)
-      case .ends(let end):
-        guard message[end...].allSatisfy({ [0x20, 0x0a, 0x0d, 0x09].contains($0) }) else {
-          throw HandoverError(
-            .malformed, "\(message.count - end) more bytes follow the list of regions")
-        }
-        return Array(message[..<end])
-      }
-    }
-  }
 
   /// A region with Firecracker's names. `page_size_kib` is what versions from February 2024
   /// to March 2025 call `page_size`; in spite of its name it has bytes.

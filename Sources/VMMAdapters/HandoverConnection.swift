@@ -8,11 +8,23 @@ internal import SystemPackage
 /// The service's end of a hand-over by docs/handover.md: `receive`, which also answers `open`,
 /// then `accept` or `refuse`, then `push`. It is the lifetime of the session on both sides.
 ///
+/// `receive` waits for the VMM, in a thread for each. `collect` and `take` do not: one thread can
+/// collect what any number of VMMs send, and have another one take what is complete.
+///
 /// Sending never waits for the VMM.
 public final class HandoverConnection: Sendable {
-  /// The connection, for waiting until the VMM has gone (`hasClosed`).
+  /// The connection, for waiting until the VMM has gone: EPOLLRDHUP (epoll_ctl(2)).
   public let socket: UnixSocket
+  /// What is taken from the VMM.
+  let limits: HandoverLimits
+  private let incoming: Mutex<Incoming>
   private let outbox = Mutex(Outbox())
+
+  /// What came, and what was answered to it.
+  private struct Incoming: ~Copyable {
+    var inbox: HandoverInbox
+    var opened: (request: OpenRequest, offer: ImageOffer)?
+  }
 
   /// What did not fit into the socket's buffer.
   private struct Outbox {
@@ -23,7 +35,14 @@ public final class HandoverConnection: Sendable {
   }
 
   /// Takes over a connection that was accepted.
-  public init(_ socket: consuming UnixSocket) { self.socket = socket }
+  public init(
+    _ socket: consuming UnixSocket, framing: HandoverFraming = .frames,
+    limits: HandoverLimits = HandoverLimits()
+  ) {
+    self.socket = socket
+    self.limits = limits
+    incoming = Mutex(Incoming(inbox: HandoverInbox(framing, limits)))
+  }
 
   // MARK: - The request
 
@@ -36,26 +55,57 @@ public final class HandoverConnection: Sendable {
   ///   - open: what a VMM gets that wants to be a clone; without it there are none. Called once
   ///     at most. When the VMM leaves afterwards, this throws `.disconnected`.
   public func receive(
-    limits: HandoverLimits = HandoverLimits(), allowedUsers: Set<UInt32>? = nil,
-    stopSign: CInt = -1,
+    allowedUsers: Set<UInt32>? = nil, stopSign: CInt = -1,
     open: ((OpenRequest) throws(HandoverError) -> ImageOffer)? = nil
   ) throws(HandoverError) -> HandoverRequest {
+    let deadline = limits.deadline
+    while true {
+      if let request = try take(allowedUsers: allowedUsers, open: open) { return request }
+      do throws(HandoverError) {
+        try socket.awaitHandover(before: deadline, stopSign: stopSign)
+      } catch {
+        throw refused(error, try? socket.peer)
+      }
+      _ = collect()
+    }
+  }
+
+  /// Takes in what the VMM has sent, once, without waiting for it.
+  ///
+  /// - Returns: whether `take` has an answer.
+  public func collect() -> Bool {
+    incoming.withLock { incoming in
+      incoming.inbox.collect(from: socket)
+      return incoming.inbox.isReady
+    }
+  }
+
+  /// Descriptors that were collected, and not taken.
+  public var descriptorCount: Int { incoming.withLock { $0.inbox.descriptors.count } }
+
+  /// What was collected, as `receive`; `nil` when its message is not complete. One thread at a
+  /// time.
+  public func take(
+    allowedUsers: Set<UInt32>? = nil,
+    open: ((OpenRequest) throws(HandoverError) -> ImageOffer)? = nil
+  ) throws(HandoverError) -> HandoverRequest? {
     var peer: PeerCredentials?
     do throws(HandoverError) {
-      let deadline = limits.deadline
       let sender = try Sender(socket, allowedUsers: allowedUsers)
       peer = sender.credentials
-      let process = try sender.openProcess(socket)
-      var assembler = FrameAssembler(payloadLimit: limits.messageBytes)
-      var opened: (request: OpenRequest, offer: ImageOffer)?
-      // Two messages may come in one piece: whatever comes is for `attach`.
-      var descriptors = DescriptorList()
-      while true {
-        switch try nextMessage(&assembler, into: &descriptors, before: deadline, stopSign) {
+      while let payload = try withInbox({ (inbox) throws(HandoverError) in try inbox.next() }) {
+        let message: VMMMessage
+        do throws(ProtocolError) {
+          message = try VMMMessage(decoding: payload)
+        } catch {
+          throw HandoverError(error)
+        }
+        switch message {
         case .attach(let message):
+          // What follows it is dropped, as it would be if it came later.
           return try HandoverRequest(
-            message, descriptors, limits: limits, peer: sender.credentials, process: process,
-            opened: opened)
+            message, withInbox { $0.takeDescriptors() }, limits: limits, peer: sender.credentials,
+            process: try sender.openProcess(socket), opened: opened)
         case .open(let message):
           guard let open else {
             throw HandoverError(.unsupported, "there are no clones here")
@@ -64,36 +114,29 @@ public final class HandoverConnection: Sendable {
           let request = try OpenRequest(message, peer: sender.credentials)
           let offer = try open(request)
           try send(offer)
-          opened = (request, offer)
+          incoming.withLock { $0.opened = (request, offer) }
         }
       }
+      return nil
     } catch {
-      let complete = peer.map { error.from($0) } ?? error
-      refuse(complete)
-      throw complete
+      throw refused(error, peer)
     }
   }
 
-  private func nextMessage(
-    _ assembler: inout FrameAssembler, into descriptors: inout DescriptorList,
-    before deadline: UInt64, _ stopSign: CInt
-  ) throws(HandoverError) -> VMMMessage {
-    while true {
-      do throws(ProtocolError) {
-        // What follows `attach` is dropped, as it would be if it came later.
-        if let payload = try assembler.next() { return try VMMMessage(decoding: payload) }
-      } catch {
-        throw HandoverError(error)
-      }
-      let piece = try socket.receiveHandover(
-        limit: 16 << 10, into: &descriptors, descriptorLimit: HandoverFrame.descriptorLimit,
-        deadline: deadline, stopSign: stopSign)
-      guard !piece.isEmpty else {
-        throw HandoverError(
-          .disconnected, "it ended after \(assembler.pendingBytes) bytes of its message")
-      }
-      assembler.append(piece)
-    }
+  /// Tells the VMM why it is not served, and closes what it sent.
+  private func refused(_ error: HandoverError, _ peer: PeerCredentials?) -> HandoverError {
+    let complete = peer.map { error.from($0) } ?? error
+    refuse(complete)
+    withInbox { _ = $0.takeDescriptors() }
+    return complete
+  }
+
+  private var opened: (request: OpenRequest, offer: ImageOffer)? { incoming.withLock { $0.opened } }
+
+  func withInbox<Value: ~Copyable, Failure: Error>(
+    _ body: (inout HandoverInbox) throws(Failure) -> sending Value
+  ) throws(Failure) -> sending Value {
+    try incoming.withLock { (incoming) throws(Failure) in try body(&incoming.inbox) }
   }
 
   /// Sends what a clone gets. Nothing was sent before, so there is room for it.
@@ -174,21 +217,8 @@ public final class HandoverConnection: Sendable {
 
   // MARK: - The end
 
-  /// Whether the VMM has closed. Reads and drops what it sent; never waits.
+  /// Whether the VMM has closed; never waits. What it sent after its request is not read.
   ///
-  /// Wait for it by watching `socket`, which can be read then.
-  public func hasClosed() -> Bool {
-    while true {
-      do throws(Errno) {
-        guard try socket.isReadable else { return false }
-        let message = try socket.receive(limit: 4096)
-        var unwanted = DescriptorList()
-        unwanted.append(owning: message.descriptors)
-        if message.bytes.isEmpty { return true }
-      } catch {
-        // Too many descriptors: they are closed, and the rest is read.
-        guard error == .messageTooLong else { return true }
-      }
-    }
-  }
+  /// Wait for it by watching `socket` for EPOLLRDHUP.
+  public func hasClosed() -> Bool { socket.isHungUp }
 }

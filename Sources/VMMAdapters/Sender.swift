@@ -39,35 +39,6 @@ extension HandoverLimits {
   }
 }
 
-extension UnixSocket {
-  /// The next bytes of a hand-over; none when the peer has closed.
-  borrowing func receiveHandover(
-    limit: Int, into descriptors: inout DescriptorList, descriptorLimit: Int, deadline: UInt64,
-    stopSign: CInt
-  ) throws(HandoverError) -> [UInt8] {
-    do throws(Errno) {
-      return try receive(
-        limit: limit, into: &descriptors, descriptorLimit: descriptorLimit, before: deadline,
-        stopSign: stopSign)
-    } catch {
-      switch error {
-      case .timedOut:
-        throw HandoverError(.timedOut, "its message was not complete in time")
-      case .canceled:
-        throw HandoverError(.cancelled, "the service stops")
-      case .connectionReset:
-        throw HandoverError(.disconnected, "it closed the connection", errno: error)
-      case .messageTooLong:
-        throw HandoverError(
-          .invalidDescriptor,
-          "it sent more than \(descriptorLimit) descriptors, or this process may not open so many")
-      default:
-        throw HandoverError(.inputOutput, "nothing can be received", errno: error)
-      }
-    }
-  }
-}
-
 // MARK: - Errors
 
 extension HandoverError {

@@ -130,7 +130,8 @@ struct CloneServiceTests {
       #expect(try service.metric("faultline_cache_bytes") == data(1024))
       other.kill()
       late.kill()
-      #expect(service.isEmpty(descriptors: descriptors))
+      let isEmpty = service.isEmpty(descriptors: descriptors)
+      #expect(isEmpty, "\(service.daemon.descriptorNames)")
     }
   }
 

@@ -69,6 +69,24 @@ final class DaemonProcess: Sendable {
       ?? -1
   }
 
+  /// What its descriptors refer to.
+  var descriptorNames: [String] {
+    let directory = "/proc/\(identifier)/fd"
+    let numbers = (try? FileManager.default.contentsOfDirectory(atPath: directory)) ?? []
+    return numbers.compactMap {
+      try? FileManager.default.destinationOfSymbolicLink(atPath: "\(directory)/\($0)")
+    }
+  }
+
+  /// Its threads with a name.
+  func threads(named name: String) -> Int {
+    let directory = "/proc/\(identifier)/task"
+    let tasks = (try? FileManager.default.contentsOfDirectory(atPath: directory)) ?? []
+    return tasks.count { task in
+      (try? String(contentsOfFile: "\(directory)/\(task)/comm", encoding: .utf8)) == name + "\n"
+    }
+  }
+
   /// Its descriptors, but for the timers that libdispatch opens when it first needs them.
   var descriptorCount: Int {
     let directory = "/proc/\(identifier)/fd"

@@ -72,8 +72,10 @@ struct MetricsTests {
   func idleConnections() throws {
     try withMetrics { service, port in
       let before = service.daemon.descriptorCount
-      let idle = try (0..<60).map { _ in try Peer(port) }
-      #expect(service.daemon.descriptorCount <= before + 20)
+      let idle = try (0..<200).map { _ in try Peer(port) }
+      let text = try Peer(port).exchange("GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+      #expect(text.contains("faultline_sessions 0\n"))
+      #expect(service.daemon.descriptorCount <= before + 70)
       #expect(try FirecrackerProcess(service.socket).finish() == ServeTests.right)
       withExtendedLifetime(idle) {}
     }

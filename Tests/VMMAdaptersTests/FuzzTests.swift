@@ -125,7 +125,7 @@ private func receive(firecracker: Bool, on socket: consuming UnixSocket) -> Int 
       return checkMap(handover.regions)
     }
     let offer = try fuzzOffer.get()
-    let request = try HandoverConnection(socket).receive(limits: smallLimits) {
+    let request = try HandoverConnection(socket, limits: smallLimits).receive {
       (_) throws(HandoverError) in offer
     }
     return checkMap(request.regions, request.memoryFiles)

@@ -30,9 +30,9 @@ private enum Way: CaseIterable {
       + "{\"host_address\":\(address),\"length\":\(range.length),\"offset\":0,"
       + "\"page_size\":\(pageSize.bytes)}]}"
     let connection = HandoverConnection(
-      try sentAndClosed(frame(text), descriptors: [number]))
+      try sentAndClosed(frame(text), descriptors: [number]), limits: smallLimits)
     do throws(HandoverError) {
-      _ = try connection.receive(limits: smallLimits)
+      _ = try connection.receive()
       return nil
     } catch { return error }
   }

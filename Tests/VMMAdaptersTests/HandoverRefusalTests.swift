@@ -109,13 +109,13 @@ private func answer(
   _ bytes: [UInt8], descriptors: [CInt]
 ) throws -> (error: HandoverError, answer: ServiceMessage?)? {
   let pair = try UnixSocket.pair()
-  let service = HandoverConnection(pair.first)
+  let service = HandoverConnection(pair.first, limits: smallLimits)
   let vmm = pair.second
   if !bytes.isEmpty { try vmm.send(bytes, descriptors: descriptors) }
   // The end of what the VMM sends; it still listens.
   _ = shutdown(vmm.descriptor.rawValue, Int32(SHUT_WR))
   do throws(HandoverError) {
-    _ = try service.receive(limits: smallLimits)
+    _ = try service.receive()
     return nil
   } catch {
     var assembler = FrameAssembler()

@@ -214,6 +214,13 @@ long clinux_send_descriptors(int fd, const void *bytes, size_t length, const int
 /// Descriptors beyond the room are closed and the call fails with EMSGSIZE.
 long clinux_receive_descriptors(int fd, void *bytes, size_t length, int *descriptors,
                                 size_t *count);
+/// The same without waiting, and descriptors that came are the caller's also when it fails with
+/// EMSGSIZE.
+long clinux_receive_all_nowait(int fd, void *bytes, size_t length, int *descriptors,
+                               size_t *count);
+/// POLLRDHUP and EPOLLRDHUP, of which the first needs _GNU_SOURCE.
+short clinux_poll_hangup(void);
+uint32_t clinux_epoll_hangup(void);
 
 /// Begins to write a part of a file out, without waiting (sync_file_range(2)).
 long clinux_begin_writeback(int fd, off_t offset, off_t length);
