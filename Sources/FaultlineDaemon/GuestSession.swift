@@ -59,17 +59,23 @@ final class GuestSession: Sendable {
 
   var currentPhase: Phase { phase.withLock { $0 } }
 
-  /// Goes from serving to another phase; `false` when it is there, or further.
-  func enter(_ next: Phase) -> Bool {
+  /// Goes from serving to another phase; the one before, and `nil` when it is there, or further.
+  func enter(_ next: Phase) -> Phase? {
     phase.withLock { phase in
-      guard phase == .serving || (phase == .detaching && next == .ending) else { return false }
-      phase = next
-      return true
+      guard phase == .serving || (phase == .detaching && next == .ending) else { return nil }
+      defer { phase = next }
+      return phase
     }
   }
 
-  /// Back to serving: it could not be detached.
-  func stay() { phase.withLock { if $0 == .detaching { $0 = .serving } } }
+  /// Back to serving: it could not be detached. `false` when it is ending meanwhile.
+  func stay() -> Bool {
+    phase.withLock { phase in
+      guard phase == .detaching else { return false }
+      phase = .serving
+      return true
+    }
+  }
 
   /// For lists.
   func summary(withStatistics: Bool) -> ControlMessage.Session {

@@ -79,7 +79,9 @@ final class Supervisor: Sendable {
   ///
   /// May be called from a thread of the session, whatever it has locked.
   func end(_ session: GuestSession, _ reason: String) {
-    guard session.enter(.ending) else { return }
+    guard let before = session.enter(.ending) else { return }
+    // Who is detaching it finds out, and ends it.
+    guard before == .serving else { return }
     ends.run { [self] in
       session.connection?.push(.ended(reason))
       session.awaitExit()
@@ -114,27 +116,35 @@ final class Supervisor: Sendable {
   ///
   /// - Returns: `false` when it is ending, or detaching, already.
   func detach(_ session: GuestSession, _ reason: String) -> Bool {
-    guard session.enter(.detaching) else { return false }
+    guard session.enter(.detaching) != nil else { return false }
     detaches.run { [self] in
-      // It may have ended before there was a thread for it, or may end meanwhile.
-      guard session.currentPhase == .detaching else { return }
+      // Its VMM may leave before there is a thread for it, or meanwhile.
+      let detachment =
+        session.currentPhase == .ending
+        ? session.letGo()
+        : session.detach {
+          hasNoTime.load(ordering: .acquiring) || session.currentPhase == .ending
+        }
+      if case .stays = detachment {
+        if session.stay() { return }
+        return park(session, Self.left)
+      }
+      guard session.enter(.ending) != nil else { return remove(session, Self.left) }
       var status = HandoverStatus.detached(reason)
-      let detachment = session.detach {
-        hasNoTime.load(ordering: .acquiring) || session.currentPhase == .ending
-      }
-      switch detachment {
-      case .stays: return session.stay()
-      case .cutShort:
+      if case .cutShort = detachment {
         status = .ended(reason)
-        if session.currentPhase != .ending { hasCutShort.store(true, ordering: .releasing) }
-      case .complete: break
+        hasCutShort.store(true, ordering: .releasing)
+        log.warning(
+          "session \(session.id) is let go of, and pages of it are memory errors: \(reason)",
+          metadata: ["session": "\(session.id)"], source: Logger.lifeCycle)
       }
-      guard session.enter(.ending) else { return }
       session.connection?.push(status)
       remove(session, reason)
     }
     return true
   }
+
+  private static let left = "its VMM left while it was let go of"
 
   /// There is no more time for filling.
   func hurry() { hasNoTime.store(true, ordering: .releasing) }

@@ -69,6 +69,14 @@ final class DaemonProcess: Sendable {
       ?? -1
   }
 
+  /// Processor time that it has used, in hundredths of a second.
+  var processorTicks: Int {
+    let text = (try? String(contentsOfFile: "/proc/\(identifier)/stat", encoding: .utf8)) ?? ""
+    // The name is in parentheses, and may have spaces.
+    let fields = text.components(separatedBy: ") ").last?.split(separator: " ") ?? []
+    return fields.count > 12 ? (Int(fields[11]) ?? 0) + (Int(fields[12]) ?? 0) : -1
+  }
+
   /// What its descriptors refer to.
   var descriptorNames: [String] {
     let directory = "/proc/\(identifier)/fd"

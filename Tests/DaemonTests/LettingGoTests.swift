@@ -82,4 +82,56 @@ struct LettingGoTests {
       #expect(metrics.contains("faultline_pages_total{resolution=\"failed\"} 1\n"))
     }
   }
+
+  @Test("A VMM that leaves while it is let go of leaves no thread that spins")
+  func leavesMeanwhile() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(
+        in: directory, handover: "faultline", regions: [Self.pages, Self.pages])
+      let threads = service.daemon.count("task")
+      for round in 0..<6 {
+        let vmm = try FakeFirecracker(regions: 2, pages: Self.pages)
+        let client = try attach(service, vmm)
+        let answer = try service.request("DELETE", "/v1/sessions/\(client.session)")
+        #expect(answer.hasPrefix("HTTP/1.1 202"))
+        Delay.microseconds(UInt32(round) * 3000)
+      }
+      #expect(Delay.until { (try? service.sessions().isEmpty) == true })
+      #expect(Delay.until { service.daemon.count("task") <= threads + 2 })
+      let before = service.daemon.processorTicks
+      Delay.microseconds(500_000)
+      #expect(service.daemon.processorTicks - before < 25)
+      service.daemon.send(SIGTERM)
+      #expect(service.daemon.wait() == 0)
+    }
+  }
+
+  /// How the session of a VMM with a damaged page ends.
+  enum Ending: String, CaseIterable { case drain, stop, close }
+
+  @Test(
+    "Whoever is let go of with a page without right content makes the status 3",
+    arguments: Ending.allCases)
+  func damage(ending: Ending) throws {
+    try withTemporaryDirectory { directory in
+      try makeDamagedImage(directory + "/base.img", block: 700)
+      let service = try Service(in: directory, handover: "faultline")
+      let vmm = try FakeFirecracker(regions: 2, pages: 512)
+      var client = Optional(try attach(service, vmm))
+      switch ending {
+      case .drain: break
+      case .stop:
+        #expect(try faultline("stop", "1", "--control-socket", service.control).status == 0)
+      case .close: client = nil
+      }
+      if ending != .drain { #expect(Delay.until { (try? service.sessions().isEmpty) == true }) }
+      service.daemon.send(SIGTERM)
+      #expect(service.daemon.wait() == (ending == .close ? 0 : 3))
+      #expect(
+        service.daemon.logged("pages of it are memory errors") == (ending != .close),
+        "\(service.daemon.messages)")
+      if ending != .close { #expect(pagesInMemory(vmm).map { $0 == (1023, 1) } == true) }
+      withExtendedLifetime(client) {}
+    }
+  }
 }

@@ -22,7 +22,7 @@ struct ServeCommand: ParsableCommand {
       SIGTERM, or ^C: no more VMs are taken, those that there are are filled, and then run without
       the daemon. After --drain-timeout, or at a second signal, they are let go of as they are, and
       pages that are missing are memory errors. Exit status: 0 all have their memory; 1 it did not
-      start; 3 a VM was let go of with pages missing (docs/control.md).
+      start; 3 a VM was let go of with pages missing or damaged (docs/control.md).
       """)
 
   @Option(help: "A configuration file; then no other option.", completion: .file())
