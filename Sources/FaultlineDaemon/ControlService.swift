@@ -77,6 +77,8 @@ final class ControlService: Sendable {
       return try answer(request, about: session, part) ?? unknown
     } catch let error as DecodingError {
       return .failure(400, "the body is not as in docs/control.md: \(error)")
+    } catch let error as ImageError where error.code == .changed {
+      return .failure(409, "\(error)")
     } catch let error as PagerError where error.errno == .resourceTemporarilyUnavailable {
       return .failure(503, "\(error)")
     } catch {

@@ -182,10 +182,11 @@ final class GuestSession: Sendable {
     for _ in 0..<100 where pager.hasGuest { Pause.milliseconds(2) }
   }
 
-  /// Puts what was recorded into the image.
+  /// Puts what was recorded into the image: the one that it was recorded with, whatever has its
+  /// name now.
   func storeWorkingSet() throws -> Int {
     let runs = pager.recordedWorkingSet
-    try MemoryImage.setWorkingSet(runs, of: image.path)
+    try image.storeWorkingSet(runs)
     return runs.reduce(0) { $0 + $1.blockCount }
   }
 

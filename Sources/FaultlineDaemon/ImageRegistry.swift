@@ -24,7 +24,18 @@ final class ImageRegistry: Sendable {
   }
 
   private struct Entry {
+    /// Of the file when the image was opened: one that was written to since may hold another.
+    let stamp: Stamp
     weak var image: MemoryImage?
+  }
+
+  /// What changes with a file's content.
+  private struct Stamp: Hashable {
+    let length, modified, changed: Int
+
+    init(_ status: FileStatus) {
+      (length, modified, changed) = (status.length, status.modified, status.changed)
+    }
   }
 
   /// A file that is being opened, and who waits for it.
@@ -47,7 +58,7 @@ final class ImageRegistry: Sendable {
   init(_ threads: Workers) { self.threads = threads }
 
   /// The image at a path, and which file that is. A file that replaced another one is another
-  /// image.
+  /// image, and one that was written to is opened anew.
   func image(at path: String) throws -> Found {
     let opening = try opening(of: path)
     let number = opening.waiting.wrappingAdd(1, ordering: .relaxed).oldValue
@@ -91,14 +102,18 @@ final class ImageRegistry: Sendable {
     // A pipe does not block this, and is no image.
     let status = try OwnedDescriptor(openingForReading: FilePath(path)).status
     guard status.isRegular else { throw DaemonError("it is no regular file") }
-    let key = Key(path: path, identity: status.identity)
-    if let image = entries.withLock({ $0[key]?.image }) { return (image, key.identity) }
+    // Of before it is opened: what is written in between is noticed by the next one who asks.
+    let (key, stamp) = (Key(path: path, identity: status.identity), Stamp(status))
+    func found(_ entries: [Key: Entry]) -> MemoryImage? {
+      entries[key].flatMap { $0.stamp == stamp ? $0.image : nil }
+    }
+    if let image = entries.withLock({ found($0) }) { return (image, key.identity) }
     let image = try MemoryImage(path: FilePath(path))
     return entries.withLock { entries in
       // Another thread may have been faster.
-      if let found = entries[key]?.image { return (found, key.identity) }
+      if let image = found(entries) { return (image, key.identity) }
       entries = entries.filter { $0.value.image != nil }
-      entries[key] = Entry(image: image)
+      entries[key] = Entry(stamp: stamp, image: image)
       return (image, key.identity)
     }
   }

@@ -20,6 +20,10 @@ public struct FileStatus: Hashable, Sendable {
   public let isDirectory: Bool
   /// What tells the file from every other one, whatever its names.
   public let identity: FileIdentity
+  /// When its content was written last, in nanoseconds since 1970 (st_mtim).
+  public let modified: Int
+  /// When that, or its names or permissions changed last (st_ctim).
+  public let changed: Int
 
   init(ofDescriptor number: CInt) throws(Errno) {
     var status = stat()
@@ -32,6 +36,9 @@ public struct FileStatus: Hashable, Sendable {
     isSymbolicLink = kind == S_IFLNK
     isDirectory = kind == S_IFDIR
     identity = FileIdentity(device: UInt64(status.st_dev), inode: UInt64(status.st_ino))
+    // Wraps for times that no file has.
+    modified = status.st_mtim.tv_sec &* 1_000_000_000 &+ status.st_mtim.tv_nsec
+    changed = status.st_ctim.tv_sec &* 1_000_000_000 &+ status.st_ctim.tv_nsec
   }
 }
 

@@ -14,6 +14,9 @@ struct ChunkOutcome {
 final class ChunkStore: Sendable {
   let path: FilePath
   let file: OwnedDescriptor
+  let id: ImageID
+  /// What the file was when it was opened.
+  let opened: FileStatus
   let chunks: ChunkGeometry
   /// Bytes.
   let fileLength: Int
@@ -31,6 +34,8 @@ final class ChunkStore: Sendable {
     self.path = path
     isInMemory = file.isInMemory
     self.file = file
+    id = catalog.id
+    opened = catalog.status
     chunks = catalog.chunks
     fileLength = catalog.fileLength
     self.base = base

@@ -6,6 +6,8 @@ internal import SystemPackage
 /// All of an image but its indexes and data: what opening reads and checks.
 struct ImageCatalog {
   let id: ImageID
+  /// What the file was when it was looked at.
+  let status: FileStatus
   /// Bytes, without a working set.
   let fileLength: Int
   let regions: [ImageRegion]
@@ -88,6 +90,7 @@ struct ImageCatalog {
     try extents.checkDisjoint()
 
     id = header.id
+    self.status = status
     fileLength = written
     self.regions = regions
     self.geometries = geometries

@@ -8,7 +8,7 @@ public struct ImageError: Error, Sendable {
   public struct Code: Hashable, Sendable {
     fileprivate enum Kind {
       case notAnImage, unsupportedVersion, truncated, damaged, invalidLayout, limitExceeded
-      case outOfRange, incomplete, inputOutput, ancestorMissing, invalidArgument
+      case outOfRange, incomplete, inputOutput, ancestorMissing, invalidArgument, changed
     }
     fileprivate let kind: Kind
     private init(_ kind: Kind) { self.kind = kind }
@@ -34,6 +34,8 @@ public struct ImageError: Error, Sendable {
     public static let invalidArgument = Self(.invalidArgument)
     /// An image that it builds on is not where it was.
     public static let ancestorMissing = Self(.ancestorMissing)
+    /// Under its path is not what was opened there.
+    public static let changed = Self(.changed)
     /// The kernel refused; `errno` says why.
     public static let inputOutput = Self(.inputOutput)
   }
@@ -96,6 +98,9 @@ extension ImageError: CustomStringConvertible {
     case .outOfRange: "Ask for blocks that the image's regions have."
     case .incomplete: "Remove the cause and take the snapshot again; the target is unchanged."
     case .invalidArgument: "Nothing was changed."
+    case .changed:
+      "Nothing was changed there. Put a new image under a name of its own, or in the place of an old "
+        + "one by renaming it."
     case .ancestorMissing: "Put that image back, or beside this one."
     case .inputOutput:
       errno == .noSpace || errno == .diskQuotaExceeded

@@ -22,11 +22,17 @@ extension MemoryImage {
     for state in states { try writer.add(state: state) }
     for (key, value) in metadata { try writer.setMetadata(key: key, value: value) }
     let blocks = writer.blocks
+    let id = writer.id
     try unsafe forEachRun(threads: threads, progress) { region, block, bytes throws(ImageError) in
       try unsafe blocks.write(region: region, firstBlock: block, bytes: bytes)
     }
     try writer.finish()
-    if let set = try? workingSet() { try Self.setWorkingSet(set.runs, of: path) }
+    guard let set = try? workingSet() else { return }
+    let written = try MemoryImage(path: path)
+    guard written.id == id else {
+      throw ImageError(.changed, path, "somebody else has put an image there meanwhile")
+    }
+    try written.storeWorkingSet(set.runs)
   }
 
   /// Reads everything, 4 MiB at a time, and hands out the runs of data.

@@ -167,27 +167,17 @@ extension MemoryImage {
   func indexFailure(_ outcome: ReadOutcome, region: Int, block: Int) -> ImageError {
     let page = block / RegionGeometry.entriesPerPage
     let offset = geometries[region].offset(ofIndexPage: page)
-    if case .failed(let errno) = outcome {
-      return ImageError.reading(
-        errno, path, region: region, regionName: regions[region].name, block: block,
-        fileOffset: offset)
-    }
-    return failure(
-      .damaged, "page \(page) of the index does not match its checksum", region: region,
-      block: block, fileOffset: offset)
+    return own.failure(
+      outcome, "page \(page) of the index does not match its checksum", region: region,
+      regionName: regions[region].name, block: block, fileOffset: offset)
   }
 
   @inline(never)
   func dataFailure(
     _ problem: ChunkOutcome, _ store: ChunkStore, region: Int, block: Int
   ) -> ImageError {
-    if case .failed(let errno) = problem.outcome {
-      return ImageError.reading(
-        errno, store.path, region: region, regionName: regions[region].name, block: block,
-        fileOffset: problem.fileOffset)
-    }
-    return ImageError(
-      .damaged, store.path, "the block does not match its checksum", region: region,
+    store.failure(
+      problem.outcome, "the block does not match its checksum", region: region,
       regionName: regions[region].name, block: block, fileOffset: problem.fileOffset)
   }
 }

@@ -32,7 +32,8 @@ extension MemoryImage {
     }
     guard length > fileLength else { return false }
     func damaged(_ reason: String) -> ImageError {
-      ImageError(.damaged, path, "its working set \(reason)", fileOffset: fileLength)
+      ImageError(
+        .damaged, path, own.explained("its working set \(reason)"), fileOffset: fileLength)
     }
     let header = WorkingSetSection.decodeHeader(
       try workingSetBytes(
@@ -97,16 +98,22 @@ extension MemoryImage {
   /// Whoever is killed in the middle leaves an image without a working set: `workingSet` says
   /// that it is damaged. Readers that have the image open see the new one at their next call.
   ///
-  /// Throws what opening throws; `incomplete` while somebody else is doing the same;
-  /// `invalidArgument` for blocks that the image does not have; `limitExceeded` for more than
-  /// 2^24 runs; `inputOutput`.
+  /// Throws what opening throws, and what `storeWorkingSet` throws.
   public static func setWorkingSet(
     _ runs: [WorkingSetRun]?, of path: FilePath
   ) throws(ImageError) {
-    let image = try MemoryImage(path: path)
+    try MemoryImage(path: path).storeWorkingSet(runs)
+  }
+
+  /// The same for an image that is open: for the file that has this image, and no other.
+  ///
+  /// Throws `changed` when its path has another file, or the file another image; `incomplete`
+  /// while somebody else is doing the same; `invalidArgument` for blocks that the image does not
+  /// have; `limitExceeded` for more than 2^24 runs; `inputOutput`.
+  public func storeWorkingSet(_ runs: [WorkingSetRun]?) throws(ImageError) {
     var section: [UInt8] = []
     if let runs, !runs.isEmpty {
-      guard let set = WorkingSet(runs, of: image.regions) else {
+      guard let set = WorkingSet(runs, of: regions) else {
         throw ImageError(
           .invalidArgument, path,
           "a working set may only name blocks that the image has, and each once")
@@ -114,28 +121,39 @@ extension MemoryImage {
       guard set.runs.count <= WorkingSetSection.mostRuns else {
         throw ImageError(.limitExceeded, path, "a working set has at most 2^24 runs")
       }
-      section = WorkingSetSection.encode(set, id: image.id)
+      section = WorkingSetSection.encode(set, id: id)
     }
+    var isSame = false
     do throws(Errno) {
       let file = try OwnedDescriptor(openingForUpdate: path)
       guard try file.lockExclusively() else {
         throw Errno.wouldBlock
       }
-      // Replaced since it was looked at: the other image is not the one that was meant.
-      guard try file.status.identity == image.own.file.status.identity else {
-        throw Errno.noSuchFileOrDirectory
-      }
+      isSame = try has(file)
+      guard isSame else { throw Errno.noSuchFileOrDirectory }
       // The old one goes first: half of the new one over half of the old one would be worse
       // than none, and a working set can be recorded again.
-      try file.setLength(image.fileLength)
+      try file.setLength(fileLength)
       guard !section.isEmpty else { return try file.synchronize() }
-      try file.writeAll(section, at: image.fileLength)
+      try file.writeAll(section, at: fileLength)
       try file.synchronize()
     } catch .wouldBlock {
       throw ImageError(.incomplete, path, "another process is writing its working set")
+    } catch .noSuchFileOrDirectory where !isSame {
+      throw ImageError(
+        .changed, path, "its path does not have image \(id) any more, which was opened there")
     } catch {
       throw ImageError(
         .inputOutput, path, "its working set cannot be written", errno: error)
     }
+  }
+
+  /// Whether a file is this image's, and has this image still. Its length and times say nothing: a
+  /// working set may have been stored before.
+  private func has(_ file: borrowing OwnedDescriptor) throws(Errno) -> Bool {
+    guard try file.status.identity == own.opened.identity,
+      let catalog = try? ImageCatalog(reading: file, path: path)
+    else { return false }
+    return catalog.id == id && catalog.fileLength == fileLength && catalog.contentID == contentID
   }
 }

@@ -60,12 +60,11 @@ struct SnapshotRun {
       throw error
     }
     do throws(SnapshotError) {
-      try finish(writer)
+      end(&state, &report, try finish(writer))
     } catch {
       if leavesPaused { guest.resume() }
       throw error
     }
-    end(&state, &report)
     return report
   }
 
@@ -106,8 +105,7 @@ struct SnapshotRun {
       preimages.stop()
       throw error
     }
-    try finish(writer)
-    end(&state, &report)
+    end(&state, &report, try finish(writer))
     return report
   }
 
@@ -189,10 +187,8 @@ struct SnapshotRun {
 
   /// Before the guest stands still and is watched: it may fail, and takes its time.
   private func makeWriter(_ state: Snapshotter.State) throws(SnapshotError) -> ImageWriter {
-    let base = options.extent == .incremental ? try owner.base(state) : nil
+    let parent = options.extent == .incremental ? try owner.base(state) : nil
     do throws(ImageError) {
-      var parent: MemoryImage?
-      if let base { parent = try MemoryImage(path: base) }
       return try ImageWriter(
         path: path, regions: layout.imageRegions, options: options.image, parent: parent)
     } catch {
@@ -213,18 +209,23 @@ struct SnapshotRun {
     }
   }
 
-  private func finish(_ writer: consuming ImageWriter) throws(SnapshotError) {
+  /// Returns the image's id.
+  private func finish(_ writer: consuming ImageWriter) throws(SnapshotError) -> ImageID {
+    let id = writer.id
     do throws(ImageError) {
       try writer.finish()
+      return id
     } catch {
       throw SnapshotError(.image, error.description)
     }
   }
 
   /// The image is there: from here on changes count from it.
-  private func end(_ state: inout Snapshotter.State, _ report: inout SnapshotReport) {
+  private func end(
+    _ state: inout Snapshotter.State, _ report: inout SnapshotReport, _ id: ImageID
+  ) {
     state.changed.removeAll()
-    state.last = path
+    state.last = (path, id)
     report.duration = MonotonicClock.nanoseconds - start
   }
 }

@@ -54,8 +54,8 @@ public final class Snapshotter: Sendable {
   struct State {
     /// Written since the last image, as far as it was collected.
     var changed: DirtyBitmap
-    /// The last image, from which `changed` counts.
-    var last: FilePath?
+    /// The last image, from which `changed` counts; its path may have another one by now.
+    var last: (path: FilePath, id: ImageID)?
     var isTracking = false
   }
 
@@ -93,7 +93,7 @@ public final class Snapshotter: Sendable {
   public func begin(from image: FilePath) throws(SnapshotError) {
     try exclusively { state throws(SnapshotError) in
       try startTracking(&state)
-      state.last = image
+      state.last = (image, try Self.open(image).id)
     }
   }
 
@@ -171,7 +171,7 @@ public final class Snapshotter: Sendable {
   }
 
   /// The image that an incremental snapshot builds on.
-  func base(_ state: State) throws(SnapshotError) -> FilePath {
+  func base(_ state: State) throws(SnapshotError) -> MemoryImage {
     guard tracking != nil else {
       throw SnapshotError(
         .tracking, "An incremental snapshot needs a tracker of the guest's writes")
@@ -180,7 +180,21 @@ public final class Snapshotter: Sendable {
       throw SnapshotError(
         .tracking, "There is no earlier image of this guest to build on; take a full one first")
     }
-    return last
+    let image = try Self.open(last.path)
+    guard image.id == last.id else {
+      throw SnapshotError(
+        .image,
+        "\(last.path) has another image now than the guest's last one, \(last.id); take a full one")
+    }
+    return image
+  }
+
+  private static func open(_ path: FilePath) throws(SnapshotError) -> MemoryImage {
+    do throws(ImageError) {
+      return try MemoryImage(path: path)
+    } catch {
+      throw SnapshotError(.image, error.description)
+    }
   }
 
   /// Adds what was written since the last call.

@@ -129,7 +129,7 @@ struct RestoreCommand: ParsableCommand {
     report.finish(restored)
     if record {
       let runs = restored.session.recordedWorkingSet
-      try MemoryImage.setWorkingSet(runs, of: FilePath(image))
+      try restored.image.storeWorkingSet(runs)
       report.recordedPages = runs.reduce(0) { $0 + $1.blockCount }
     }
     try report.show(json: json)

@@ -164,5 +164,29 @@ extension SnapshotTests {
         }
       }
     }
+
+    @Test("An increment is never of another image that has taken the last one's name")
+    func replaced() throws {
+      try withTemporaryDirectory { directory in
+        let path = FilePath("\(directory)/a.img")
+        let subject = try Subject(GuestCase(kind: .process, backing: .anonymous))
+        let tracking = try subject.guest.makeDirtyTracking(.async, backing: .anonymous)
+        let snapshotter = Snapshotter(subject, tracking: tracking)
+        _ = try snapshotter.take(to: path)
+        // The same machine, other content.
+        let other = try Subject(GuestCase(kind: .process, backing: .anonymous), fill: 1000..<1010)
+        _ = try Snapshotter(other).take(to: path)
+        let second = FilePath("\(directory)/b.img")
+        let error = #expect(throws: SnapshotError.self) {
+          try snapshotter.take(to: second, SnapshotOptions(.incremental))
+        }
+        #expect(error?.code == .image)
+        #expect(error?.description.contains("has another image now") == true, "\(error as Any)")
+        #expect(try names(in: directory) == ["a.img"])
+        // A full one is what helps.
+        _ = try snapshotter.take(to: second)
+        try subject.expectExact(second)
+      }
+    }
   }
 }
