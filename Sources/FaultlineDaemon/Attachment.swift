@@ -39,6 +39,7 @@ final class Attachment: Sendable {
   ) -> Reception<ArrivingVMM>.Outcome {
     guard let connection = client.takeConnection() else { return .done }
     do throws(HandoverError) {
+      try checkDescriptors(of: connection)
       switch configuration.handover {
       case .firecracker: try attachFirecracker(connection, configuration)
       case .faultline:
@@ -59,8 +60,22 @@ final class Attachment: Sendable {
       log.warning(
         "\(error)",
         metadata: ["socket": "\(configuration.socket)", "uid": "\(client.user)"])
+      // Whatever is left of what it sent is closed elsewhere.
+      connection.hangUp()
+      client.giveBack(connection)
     }
     return .done
+  }
+
+  /// Refuses what nobody hands over, before anything looks at it: a socket or a file of a filesystem
+  /// that does not answer can hold up who closes it, and who asks for its state.
+  private func checkDescriptors(of connection: HandoverConnection) throws(HandoverError) {
+    guard connection.hasForeignDescriptors else { return }
+    let error = HandoverError(
+      .invalidDescriptor, "a descriptor is neither a userfaultfd nor a memfd",
+      peer: try? connection.socket.peer)
+    connection.refuse(error)
+    throw error
   }
 
   // MARK: - The two protocols

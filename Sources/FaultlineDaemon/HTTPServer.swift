@@ -60,6 +60,12 @@ final class HTTPClient: WaitingClient {
     let bytes = HTTPAnswer.failure(status, rejection.reason).bytes(forHead: false)
     state.withLock { state in
       _ = try? state.socket?.sendWithoutWaiting(bytes)
+      if state.socket != nil { shutdown(descriptor, CInt(SHUT_RDWR)) }
+    }
+  }
+
+  func close() {
+    state.withLock { state in
       state.socket = nil
       state.descriptors = DescriptorList()
     }
@@ -67,10 +73,7 @@ final class HTTPClient: WaitingClient {
 
   /// Answers, and closes the connection. The client gets some time for reading it.
   func answer(for nanoseconds: UInt64, _ answer: (HTTPRequest) -> HTTPAnswer) {
-    let (request, refusal) = state.withLock { state in
-      state.descriptors = DescriptorList()
-      return (state.request, state.answer)
-    }
+    let (request, refusal) = state.withLock { ($0.request, $0.answer) }
     guard let socket = state.withLock({ $0.socket.take() }) else { return }
     guard let found = refusal ?? request.map(answer) else { return }
     let deadline = MonotonicClock.nanoseconds + nanoseconds

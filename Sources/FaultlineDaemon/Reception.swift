@@ -40,8 +40,10 @@ protocol WaitingClient: AnyObject, Sendable {
   var descriptorCount: Int { get }
   /// Takes what is there, once, without waiting; whether a thread can go on with it.
   func collect() -> Bool
-  /// Tells it why it is sent away, without waiting.
+  /// Tells it why it is sent away, and that nothing comes any more, without waiting.
   func reject(_ rejection: Rejection)
+  /// Closes what is left of it: its connection, and what it sent. Waits for whatever is behind that.
+  func close()
 }
 
 /// Accepts the connections of one socket, and waits for all that have not said all yet in one
@@ -226,6 +228,8 @@ final class Reception<Client: WaitingClient>: Sendable {
       } else if handle(client) == .waitsAgain {
         returned.withLock { $0.append((client, deadline)) }
         wakeSign.signal()
+      } else {
+        closers.run { client.close() }
       }
       jobs.withLock { $0 -= 1 }
     }
@@ -237,7 +241,8 @@ final class Reception<Client: WaitingClient>: Sendable {
     log.warning(
       "a connection on \(name) is closed: \(rejection.reason)",
       metadata: ["uid": "\(client.user)"])
-    closers.run { client.reject(rejection) }
+    client.reject(rejection)
+    closers.run { client.close() }
   }
 }
 

@@ -43,9 +43,10 @@ final class ArrivingVMM: WaitingClient {
 
   func takeConnection() -> HandoverConnection? { connection.withLock { $0.take() } }
   func giveBack(_ connection: HandoverConnection) { self.connection.withLock { $0 = connection } }
+  func close() { _ = takeConnection() }
 
   func reject(_ rejection: Rejection) {
-    guard let connection = takeConnection() else { return }
+    guard let connection = connection.withLock({ $0 }) else { return }
     let code: HandoverError.Code =
       switch rejection {
       case .timedOut: .timedOut
@@ -56,6 +57,7 @@ final class ArrivingVMM: WaitingClient {
     let isOpened = opened.withLock { $0 != nil }
     registry.noteHandover(isOpened && rejection == .timedOut ? "opened" : code.name)
     connection.refuse(HandoverError(code, rejection.reason))
+    connection.hangUp()
   }
 }
 

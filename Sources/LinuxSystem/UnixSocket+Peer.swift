@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import CLinux
+internal import Glibc
 public import SystemPackage
 
 /// Who is at the other end of a Unix socket, as the kernel saw it when the connection was
@@ -61,6 +62,9 @@ extension UnixSocket {
     var set = pollfd(fd: descriptor.rawValue, events: clinux_poll_hangup(), revents: 0)
     return unsafe clinux_poll(&set, 1, 0) > 0
   }
+
+  /// Ends the connection for both sides (SHUT_RDWR, shutdown(2)), without closing it.
+  public func hangUp() { _ = shutdown(descriptor.rawValue, CInt(SHUT_RDWR)) }
 
   /// Waits until something can be received, or the peer has closed.
   ///

@@ -59,6 +59,7 @@ public final class HandoverConnection: Sendable {
     open: ((OpenRequest) throws(HandoverError) -> ImageOffer)? = nil
   ) throws(HandoverError) -> HandoverRequest {
     let deadline = limits.deadline
+    defer { withInbox { _ = $0.takeDescriptors() } }
     while true {
       if let request = try take(allowedUsers: allowedUsers, open: open) { return request }
       do throws(HandoverError) {
@@ -80,11 +81,21 @@ public final class HandoverConnection: Sendable {
     }
   }
 
+  /// Whether a descriptor that was collected is neither a userfaultfd nor a memfd. Waits for nobody:
+  /// what one of another kind is cannot be asked without that.
+  public var hasForeignDescriptors: Bool {
+    let kinds = DescriptorKinds.ofThisKernel
+    return withInbox { inbox in inbox.descriptors.rawValues.contains { !kinds.has($0) } }
+  }
+
+  /// Ends the connection for both sides, without closing it: nothing can be sent any more.
+  public func hangUp() { socket.hangUp() }
+
   /// Descriptors that were collected, and not taken.
   public var descriptorCount: Int { incoming.withLock { $0.inbox.descriptors.count } }
 
   /// What was collected, as `receive`; `nil` when its message is not complete. One thread at a
-  /// time.
+  /// time. When this throws, descriptors may be left, which go with the connection.
   public func take(
     allowedUsers: Set<UInt32>? = nil,
     open: ((OpenRequest) throws(HandoverError) -> ImageOffer)? = nil
@@ -123,11 +134,10 @@ public final class HandoverConnection: Sendable {
     }
   }
 
-  /// Tells the VMM why it is not served, and closes what it sent.
+  /// Tells the VMM why it is not served.
   private func refused(_ error: HandoverError, _ peer: PeerCredentials?) -> HandoverError {
     let complete = peer.map { error.from($0) } ?? error
     refuse(complete)
-    withInbox { _ = $0.takeDescriptors() }
     return complete
   }
 

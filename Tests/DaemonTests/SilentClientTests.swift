@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 import Foundation
+import Glibc
 import HandoverClient
+import HandoverProtocol
 import LinuxSystem
 import SystemPackage
 import TestSupport
@@ -154,6 +156,93 @@ struct SilentClientTests {
       #expect(Delay.until { (try? service.sessions().count) == 1 })
       withExtendedLifetime((client, other)) {}
     }
+  }
+
+  @Test(
+    "Descriptors whose close waits hold up neither hand-overs, nor sessions, nor the end",
+    arguments: ["silence", "nonsense", "complete"])
+  func lingering(what: String) throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline")
+      let peer = try LingeringPeer()
+      let frame: [UInt8] =
+        switch what {
+        case "silence": Array("FL".utf8)
+        case "nonsense": Array("nonsense".utf8)
+        default:
+          try AttachMessage(
+            regions: [AttachMessage.Region(hostAddress: 1 << 30, length: 4096, offset: 0)],
+            name: nil, image: nil, memoryFiles: 0, options: nil
+          ).frame()
+        }
+      let clients = try (0..<150).map { _ in try Client(service.socket) }
+      for client in clients {
+        let socket = try peer.connect()
+        try client.socket.send(frame, descriptors: [socket.rawValue])
+        // From here on the daemon has the last one.
+      }
+      if what == "silence" {
+        // Until they have timed out.
+        #expect(Delay.until { clients.allSatisfy { isClosed($0.socket) } })
+      }
+      let vmm = try FakeFirecracker(regions: 2, pages: 512)
+      let client = try attach(service, vmm)
+      #expect(try vmm.wrongBlocks() == 0)
+      // Their closing waits for this peer, which has not read anything yet.
+      #expect(service.daemon.threads(named: "close") > 1)
+      service.daemon.send(SIGTERM)
+      #expect(Delay.until { service.daemon.logged("the end") })
+      #expect(try vmm.wrongBlocks() == 0)
+      withExtendedLifetime((client, peer)) {}
+    }
+  }
+}
+
+/// A TCP peer that reads nothing, so that closing a connection to it waits (SO_LINGER, socket(7)).
+private final class LingeringPeer: Sendable {
+  private let listener: OwnedDescriptor
+  private let port: UInt16
+
+  init() throws {
+    listener = OwnedDescriptor(
+      owning: socket(AF_INET, Int32(SOCK_STREAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0))
+    var address = sockaddr_in()
+    address.sin_family = sa_family_t(AF_INET)
+    address.sin_addr.s_addr = UInt32(0x7f00_0001).bigEndian
+    var length = socklen_t(MemoryLayout<sockaddr_in>.size)
+    let number = listener.rawValue
+    let result = unsafe withUnsafeMutablePointer(to: &address) { pointer in
+      unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) { address in
+        unsafe bind(number, address, length) == 0 && listen(number, 512) == 0
+          && getsockname(number, address, &length) == 0
+      }
+    }
+    guard result else { throw Errno(rawValue: errno) }
+    port = UInt16(bigEndian: address.sin_port)
+  }
+
+  /// A connection whose buffers are full.
+  func connect() throws -> OwnedDescriptor {
+    let client = OwnedDescriptor(
+      owning: socket(AF_INET, Int32(SOCK_STREAM.rawValue) | Int32(SOCK_CLOEXEC.rawValue), 0))
+    var size: Int32 = 4096
+    let number = client.rawValue
+    _ = unsafe setsockopt(number, SOL_SOCKET, SO_SNDBUF, &size, 4)
+    var address = sockaddr_in()
+    address.sin_family = sa_family_t(AF_INET)
+    address.sin_port = port.bigEndian
+    address.sin_addr.s_addr = UInt32(0x7f00_0001).bigEndian
+    let result = unsafe withUnsafePointer(to: &address) { pointer in
+      unsafe pointer.withMemoryRebound(to: sockaddr.self, capacity: 1) { address in
+        unsafe Glibc.connect(number, address, socklen_t(MemoryLayout<sockaddr_in>.size))
+      }
+    }
+    guard result == 0 else { throw Errno(rawValue: errno) }
+    var seconds = linger(l_onoff: 1, l_linger: 600)
+    _ = unsafe setsockopt(number, SOL_SOCKET, SO_LINGER, &seconds, 8)
+    let bytes = [UInt8](repeating: 1, count: 1 << 16)
+    while unsafe send(number, bytes, bytes.count, Int32(MSG_DONTWAIT)) > 0 {}
+    return client
   }
 }
 
