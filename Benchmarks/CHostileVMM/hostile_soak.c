@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 enum { MOST_OPERATIONS_OF_ROUND = 1500, WORDS = BLOCK / 8 };
@@ -185,9 +186,18 @@ static int soak_once(struct vmm *v, uint64_t operations, uint64_t *state) {
     pthread_join(thief, NULL);
     hostile_close_pool();
   }
+  // The memory is the service's until it has closed, too (docs/handover.md). A Firecracker has one
+  // session as long as it lives: its addresses are not used again.
+  shutdown(v->connection, SHUT_WR);
+  char rest[512];
+  while (v->protocol == MINOR && read(v->connection, rest, sizeof rest) > 0) {
+  }
   close(v->connection);
   close(v->userfaultfd);
-  munmap(v->base, v->length);
+  if (mmap(v->base, v->length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1,
+           0) == MAP_FAILED) {
+    return -1;
+  }
   if (v->memory_file >= 0) close(v->memory_file);
   v->base = NULL;
   v->connection = v->userfaultfd = v->memory_file = -1;

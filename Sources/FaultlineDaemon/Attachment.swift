@@ -193,6 +193,7 @@ final class Attachment: Sendable {
   ) throws(HandoverError) {
     let ranges = try ContentMap.ranges(of: guest.regions, in: guest.image.regions)
     let regions = try pagedRegions(ranges, guest)
+    try replaceSessions(of: guest)
     let isClone = ranges.contains { if case .clone = $0.mode { true } else { false } }
     if configuration.onDamage == .stopVMM { warnUnlessKillable(guest, process) }
     let box = SessionBox()
@@ -233,6 +234,22 @@ final class Attachment: Sendable {
         peer: guest.identity.peer, errno: error.errno)
     }
     announce(session, configuration)
+  }
+
+  /// A process that hands memory over at addresses where it had handed over other memory before has
+  /// put this in its place: what served that serves it no more.
+  private func replaceSessions(of guest: Guest) throws(HandoverError) {
+    let process = guest.identity.peer.processID
+    guard process > 0 else { return }
+    let places = guest.regions.map(\.host)
+    for old in registry.all where old.identity.peer.processID == process {
+      guard let isReplaced = old.pager.forget(places) else {
+        throw HandoverError(
+          .busy, "session \(old.id) still has a thread at these addresses",
+          peer: guest.identity.peer)
+      }
+      if isReplaced { supervisor.end(old, "its process handed over other memory at its addresses") }
+    }
   }
 
   private func pagedRegions(

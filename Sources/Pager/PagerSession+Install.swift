@@ -214,7 +214,10 @@ extension PagerSession {
   func leaveZero(_ region: PagedRegion, _ pages: Range<Int>) -> Bool {
     guard !pages.isEmpty else { return true }
     let isDone = gate.read {
-      guard !wasReleased else { return false }
+      // What an event has changed meanwhile may be the guest's already.
+      guard !wasReleased, pages.allSatisfy({ region.states.load($0) == .filling }) else {
+        return false
+      }
       do throws(Errno) {
         if region.mode == .minor { try discardCached(region, pages) }
       } catch {

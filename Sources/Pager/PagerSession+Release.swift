@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import GuestMemory
-internal import LinuxSystem
+public import LinuxSystem
 internal import Synchronization
 internal import SystemPackage
 internal import Userfault
@@ -52,6 +52,34 @@ extension PagerSession {
     let missing = regions.reduce(0) { $0 + $1.states.count(of: .poisoned) }
     unregister()
     return missing == 0 || !hasGuestMemory ? .complete : .missing(pages: missing)
+  }
+
+  /// Does nothing any more for memory at some addresses: its process put other memory there, which
+  /// another session is about to serve. The kernel asks whether memory is registered, and not with
+  /// whose userfaultfd, so both would fill it. Those pages are neither filled nor made errors from
+  /// here on.
+  ///
+  /// - Returns: whether any of the session's memory lay there; `nil` when a thread of the session
+  ///   cannot be had out of the kernel, which may fill a page there yet.
+  public func forget(_ ranges: [HostRange]) -> Bool? {
+    let deadline = MonotonicClock.nanoseconds &+ Self.gatePatience
+    while true {
+      let found = gate.tryWrite { () -> Bool in
+        var found = false
+        for range in ranges {
+          for original in memory.originals(of: range) {
+            forEachRegion(in: original) { region in
+              found = true
+              region.unmap(original)
+            }
+          }
+        }
+        return found
+      }
+      if let found { return found }
+      guard MonotonicClock.nanoseconds < deadline else { return nil }
+      Pause.microseconds(200)
+    }
   }
 
   /// Whether each page has its content, or is zero by itself, or was given up, or has no right

@@ -96,7 +96,7 @@ extension PagerSession {
     for range in memory.originals(of: range) { forEachRegion(in: range) { $0.unmap(range) } }
   }
 
-  private func forEachRegion(in range: HostRange, _ body: (PagedRegion) -> Void) {
+  func forEachRegion(in range: HostRange, _ body: (PagedRegion) -> Void) {
     var index = firstRegion(endingAfter: range.start)
     while index < regions.count, regions[index].host.start < range.end {
       body(regions[index])

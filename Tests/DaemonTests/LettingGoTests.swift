@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 
+import FaultlineDaemon
 import Foundation
 import HandoverClient
+import HandoverProtocol
 import LinuxSystem
+import SystemPackage
 import TestSupport
 import Testing
 import Userfault
@@ -134,4 +137,40 @@ struct LettingGoTests {
       withExtendedLifetime(client) {}
     }
   }
+
+  /// The kernel asks whether memory is registered, and not with whose userfaultfd.
+  @Test("Memory that a process hands over anew is served by the new session only")
+  func handedOverAnew() throws {
+    try withTemporaryDirectory { directory in
+      let service = try Service(in: directory, handover: "faultline", regions: [512])
+      let memory = try Mapping(anonymous: 512 * 4096)
+      func attach() throws -> (HandoverClient, HeldUserfaultfd) {
+        let held = HeldUserfaultfd(try Userfaultfd(requiring: .removeEvents))
+        try held.userfaultfd.register(memory.range, modes: .missing)
+        let region = AttachMessage.Region(
+          hostAddress: memory.range.start.rawValue, length: UInt64(memory.range.length), offset: 0)
+        let client = try HandoverClient(
+          attachingTo: FilePath(service.socket), regions: [region], userfaultfd: held.userfaultfd,
+          timeoutMilliseconds: 60_000)
+        return (client, held)
+      }
+      let (first, firstHeld) = try attach()
+      // The first session knows all of it as given up.
+      try memory.advise(.dontNeed, offset: 0, length: memory.length)
+      #expect(Delay.until { service.removeEvents == 1 })
+      try firstHeld.userfaultfd.unregister(memory.range)
+      let (second, secondHeld) = try attach()
+      #expect(Delay.until { (try? service.sessions().map(\.id)) == ["2"] })
+      for block in 0..<512 {
+        let found = guardedLoad(memory.range, offset: block * 4096)
+        #expect(found == .value(PatternSource.word(block: block, seed: 7)), "block \(block)")
+      }
+      withExtendedLifetime((first, firstHeld, second, secondHeld)) {}
+    }
+  }
+}
+
+private final class HeldUserfaultfd: Sendable {
+  let userfaultfd: Userfaultfd
+  init(_ userfaultfd: consuming Userfaultfd) { self.userfaultfd = userfaultfd }
 }

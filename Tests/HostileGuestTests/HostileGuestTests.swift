@@ -36,8 +36,7 @@ struct HostileGuestTests {
     "pool": "EEXIST is taken for a page",
     "own-file": "pwrite(2) waits for the lock of the VMM's file",
     "no-threads": "a session's end without a thread",
-    "soak huge-unreserved": "EEXIST is taken for a page",
-    "soak huge-shared": "a piece that is removed of an absent huge page takes all of the page",
+
   ]
 
   private func expectNone(_ violations: [String], _ name: String) {
