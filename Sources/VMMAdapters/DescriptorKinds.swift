@@ -17,7 +17,8 @@ struct DescriptorKinds: Sendable {
     let sizes: [PageSize] = [.size4KiB, .size2MiB, .size1GiB]
     mounts = Set(
       sizes.compactMap { size in
-        guard let file = try? MemoryFile(name: "faultline-kind", length: size.bytes, pageSize: size) else {
+        guard let file = try? MemoryFile(name: "faultline-kind", length: size.bytes, pageSize: size)
+        else {
           return nil
         }
         return Self.mount(of: file.descriptor)
