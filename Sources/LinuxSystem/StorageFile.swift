@@ -25,6 +25,15 @@ public struct FileStatus: Hashable, Sendable {
   /// When that, or its names or permissions changed last (st_ctim).
   public let changed: Int
 
+  /// What stat(2) says about what a path names; `nil` where it names nothing that can be seen.
+  public init?(at path: FilePath) {
+    let pathOnly: CInt = 0o10_000_000  // O_PATH
+    guard let opened = try? path.openAt(AT_FDCWD, flags: pathOnly | O_CLOEXEC) else { return nil }
+    let descriptor = OwnedDescriptor(owning: CInt(opened))
+    guard let status = try? Self(ofDescriptor: descriptor.rawValue) else { return nil }
+    self = status
+  }
+
   init(ofDescriptor number: CInt) throws(Errno) {
     var status = stat()
     _ = try unsafe check(clinux_fstat(number, &status))

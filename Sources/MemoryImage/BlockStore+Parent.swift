@@ -18,7 +18,7 @@ extension BlockStore {
       throw ImageError(
         .limitExceeded, path, "it would have more than \(ImageLimits.ancestors) ancestors; merge")
     }
-    guard try !isInChain(of: parent) else {
+    guard !parent.reads(path) else {
       throw ImageError(
         .invalidArgument, path, "it would replace an image that it builds on; choose another name")
     }
@@ -30,19 +30,6 @@ extension BlockStore {
         try copyIndexPage(page, of: geometry, region: region, from: parent)
       }
     }
-  }
-
-  /// Whether the path is the parent's or one of its ancestors'.
-  private func isInChain(of parent: MemoryImage) throws(ImageError) -> Bool {
-    guard let present = try? OwnedDescriptor(openingForReading: path) else { return false }
-    do throws(Errno) {
-      let identity = try present.status.identity
-      if try parent.own.file.status.identity == identity { return true }
-      for store in parent.others where try store.file.status.identity == identity { return true }
-    } catch {
-      throw ImageError(.inputOutput, parent.path, "it cannot be looked at", errno: error)
-    }
-    return false
   }
 
   private func copyIndexPage(

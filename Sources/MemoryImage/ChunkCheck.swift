@@ -52,20 +52,18 @@ struct ChunkCheck {
   private let decoder: ChunkDecoder
   /// Pages of the chunk table, read again.
   private let pages: VerifiedPages
-  /// For each chunk: 0 not looked at; 1 to 16 good, so many blocks; `unread`; `bad`.
-  private var states: [UInt8]
+  private let states: ChunkStates
   /// What is wrong with bad chunks; those that find no room here are looked at again.
   private var problems: [Int: ChunkOutcome] = [:]
 
   private static let problemLimit = 4096
-  private static let unread: UInt8 = 254
-  private static let bad: UInt8 = 255
 
-  init(_ store: ChunkStore, _ sample: ChunkSample) throws(ImageError) {
+  /// - Parameter room: chunks whose state is kept at most.
+  init(_ store: ChunkStore, _ sample: ChunkSample, room: Int) throws(ImageError) {
     self.store = store
     self.sample = sample
-    states = Array(repeating: 0, count: store.chunks.chunkCount)
     do throws(Errno) {
+      states = try ChunkStates(chunks: store.chunks.chunkCount, room: room)
       decoder = try ChunkDecoder(blocks: store.chunks.blocksPerChunk)
       pages = try VerifiedPages(capacity: min(64, store.chunks.tablePageCount))
     } catch {
@@ -80,15 +78,15 @@ struct ChunkCheck {
     guard chunk < chunks.chunkCount else {
       return .bad(ChunkOutcome(outcome: .damaged, fileOffset: chunks.tableOffset))
     }
-    if states[chunk] == Self.bad, let problem = problems[chunk] { return .bad(problem) }
-    if states[chunk] == 0 || states[chunk] == Self.bad {
+    if states[chunk] == ChunkStates.bad, let problem = problems[chunk] { return .bad(problem) }
+    if states[chunk] == 0 || states[chunk] == ChunkStates.bad {
       if let problem = look(at: chunk) {
-        states[chunk] = Self.bad
+        states[chunk] = ChunkStates.bad
         if problems.count < Self.problemLimit { problems[chunk] = problem }
         return .bad(problem)
       }
     }
-    if states[chunk] == Self.unread { return .unread }
+    if states[chunk] == ChunkStates.unread { return .unread }
     guard slot < Int(states[chunk]) else {
       return .bad(ChunkOutcome(outcome: .damaged, fileOffset: store.tableOffset(of: chunk)))
     }
@@ -99,7 +97,7 @@ struct ChunkCheck {
   /// state, when it is good.
   private mutating func look(at chunk: Int) -> ChunkOutcome? {
     guard sample.contains(chunk, of: store.chunks.chunkCount) else {
-      states[chunk] = Self.unread
+      states[chunk] = ChunkStates.unread
       return store.checkEntry(of: chunk, pages)
     }
     if store.chunks.isStored {
@@ -110,5 +108,42 @@ struct ChunkCheck {
     let problem = store.decode(chunk, with: decoder, pages: pages)
     if problem == nil { states[chunk] = UInt8(decoder.contentLength / ImageLimits.blockSize) }
     return problem
+  }
+}
+
+/// What is known of chunks: 0 not looked at; 1 to 16 good, so many blocks; `unread`; `bad`.
+///
+/// An image may claim 2^32 chunks in a file of holes, so there is room for some only, and what is
+/// known of one may be forgotten for another: it is looked at again then. Memory is used as chunks
+/// are looked at.
+@safe
+private final class ChunkStates {
+  static let unread: UInt8 = 254
+  static let bad: UInt8 = 255
+
+  private let mapping: Mapping
+  private let count: Int
+
+  init(chunks: Int, room: Int) throws(Errno) {
+    count = max(1 << 8, min(chunks, room))
+    mapping = try Mapping(anonymous: (count * 4 + 4095) & ~4095)
+  }
+
+  /// Each has the state, and above it which chunk of those that share the place it is of.
+  private func place(of chunk: Int) -> UnsafeMutablePointer<UInt32> {
+    // SAFETY: the mapping has so many words, zeroed, and lives as long as this.
+    unsafe mapping.pointer.assumingMemoryBound(to: UInt32.self) + chunk % count
+  }
+
+  subscript(chunk: Int) -> UInt8 {
+    get {
+      let word = unsafe place(of: chunk).pointee
+      return Int(word >> 8) == chunk / count ? UInt8(truncatingIfNeeded: word) : 0
+    }
+    set {
+      // Fits: there are 2^32 chunks at most, and at least 2^8 places.
+      unsafe place(of: chunk).pointee =
+        UInt32(truncatingIfNeeded: chunk / count) << 8 | UInt32(newValue)
+    }
   }
 }

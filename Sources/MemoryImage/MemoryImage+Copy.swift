@@ -1,23 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
 
-internal import LinuxSystem
+public import LinuxSystem
 public import SystemPackage
 
 /// Called with bytes done and bytes in all, from several threads.
 public typealias ImageProgress = @Sendable (_ done: Int, _ total: Int) -> Void
 
 extension MemoryImage {
+  /// Which files are read: its own, and those of the images that it builds on.
+  public var inputFiles: [FileIdentity] { ([own] + others).map(\.opened.identity) }
+
+  /// Whether a path has one of these files, under whichever name.
+  func reads(_ path: FilePath) -> Bool {
+    FileStatus(at: path).map { inputFiles.contains($0.identity) } ?? false
+  }
+
   /// Bytes of all regions.
   public var guestBytes: Int { regions.reduce(0) { $0 + $1.length } }
 
   /// Writes an image that holds everything itself, whatever this one builds on; device
   /// states, metadata and a sound working set come along.
   ///
-  /// Throws what reading and writing throw; then nothing is left behind.
+  /// Throws what reading and writing throw, and `invalidArgument` for the path of an image of its
+  /// chain; then nothing is left behind.
   public func merge(
     to path: FilePath, options: ImageOptions = ImageOptions(), threads: Int = 2,
     progress: ImageProgress? = nil
   ) throws(ImageError) {
+    guard !reads(path) else {
+      throw ImageError(
+        .invalidArgument, path, "it would replace an image that is read; choose another name")
+    }
     var writer = try ImageWriter(path: path, regions: regions, options: options)
     for state in states { try writer.add(state: state) }
     for (key, value) in metadata { try writer.setMetadata(key: key, value: value) }

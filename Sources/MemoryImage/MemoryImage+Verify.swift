@@ -72,8 +72,9 @@ extension MemoryImage {
   /// storage again. Other threads may read meanwhile.
   ///
   /// Throws `ImageError` when header, tables or device states are bad: then there is no
-  /// sense in looking at the memory; and `limitExceeded` when there is no memory for a
-  /// byte for each chunk of the chain. Bad memory is in the report.
+  /// sense in looking at the memory; and `limitExceeded` when there is no memory. It takes 4 bytes
+  /// for each chunk of the chain, and no more than 64 MiB: chunks of an image that has more may be
+  /// read more than once. Bad memory is in the report.
   ///
   /// - Parameters:
   ///   - sample: the share of the data to read, 0 to 1: that share of the chunks of each image
@@ -85,6 +86,14 @@ extension MemoryImage {
     sample: Double = 1, seed: UInt64 = 0,
     progress: (_ done: Int, _ total: Int) -> Void = { _, _ in }
   ) throws(ImageError) -> VerifyReport {
+    try verify(sample: sample, seed: seed, rememberedChunks: 16 << 20, progress: progress)
+  }
+
+  /// The same with room for what is known of so many chunks, for tests.
+  package func verify(
+    sample: Double = 1, seed: UInt64 = 0, rememberedChunks: Int,
+    progress: (_ done: Int, _ total: Int) -> Void = { _, _ in }
+  ) throws(ImageError) -> VerifyReport {
     func requireSame() throws(ImageError) {
       let current = try ImageCatalog(reading: own.file, path: path)
       guard current.id == id, current.regions == regions else {
@@ -92,7 +101,8 @@ extension MemoryImage {
       }
     }
     try requireSame()
-    var check = try ImageCheck(self, ChunkSample(share: sample, seed: seed))
+    var check = try ImageCheck(
+      self, ChunkSample(share: sample, seed: seed), rememberedChunks: rememberedChunks)
     let total = regions.reduce(0) { $0 + $1.blockCount }
     for region in geometries.indices {
       for page in 0..<geometries[region].indexPageCount {
@@ -121,10 +131,14 @@ private struct ImageCheck {
   private var chunks: [ChunkCheck] = []
   private(set) var report = VerifyReport()
 
-  init(_ image: MemoryImage, _ sample: ChunkSample) throws(ImageError) {
+  /// - Parameter rememberedChunks: of the chain.
+  init(
+    _ image: MemoryImage, _ sample: ChunkSample, rememberedChunks: Int
+  ) throws(ImageError) {
     self.image = image
-    for store in [image.own] + image.others {
-      chunks.append(try ChunkCheck(store, sample))
+    let stores = [image.own] + image.others
+    for store in stores {
+      chunks.append(try ChunkCheck(store, sample, room: rememberedChunks / stores.count))
     }
   }
 

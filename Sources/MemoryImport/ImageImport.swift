@@ -27,6 +27,7 @@ public enum ImageImport {
     parent: MemoryImage? = nil, metadata: [String: String] = [:], threads: Int = 2,
     progress: ImageProgress? = nil
   ) throws(ImportError) {
+    try source.requireOther(than: path)
     do {
       var writer = try ImageWriter(
         path: path, regions: source.regions, options: options, parent: parent)

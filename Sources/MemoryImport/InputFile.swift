@@ -10,6 +10,8 @@ final class InputFile: Sendable {
   let length: Int
   /// Whether lseek(2) knows SEEK_DATA here. Without, all of the file counts as data.
   let reportsHoles: Bool
+  /// Which file it is, whatever its name.
+  let identity: FileIdentity
   private let descriptor: OwnedDescriptor
 
   /// Opens for reading; anything but a regular file is refused.
@@ -30,6 +32,7 @@ final class InputFile: Sendable {
       }
       self.path = path
       self.length = status.length
+      identity = status.identity
       self.reportsHoles = reportsHoles
       self.descriptor = descriptor
     } catch let error as ImportError {

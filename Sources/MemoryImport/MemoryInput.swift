@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+public import LinuxSystem
 public import MemoryImage
 public import SystemPackage
 
@@ -33,6 +34,9 @@ public struct MemoryInput: Sendable {
 
   /// The files, from the lowest layer to the highest.
   public var files: [FilePath] { layers.map(\.path) }
+
+  /// Which files these are, whatever their names.
+  public var inputFiles: [FileIdentity] { layers.map(\.identity) }
 
   /// Bytes of all regions.
   public var length: Int { regions.reduce(0) { $0 + $1.length } }

@@ -27,11 +27,13 @@ public enum RawExport {
   ///     are; on any of the threads.
   /// - Throws: what the source throws where that is an `ImportError`, otherwise `source` with
   ///   the error in `cause`; `inputOutput` (`Errno.noSpace` when the disk is full);
-  ///   `invalidLayout` for regions that overlap or do not fit the arrangement.
+  ///   `invalidLayout` for regions that overlap or do not fit the arrangement, and for the path of
+  ///   a file that is read.
   public static func write<Source: RegionSource>(
     _ source: Source, to path: FilePath, arrangement: Arrangement = .packed, threads: Int = 2,
     progress: ImageProgress? = nil
   ) throws(ImportError) {
+    try source.requireOther(than: path)
     let places = try places(of: source.regions, arrangement, path)
     do {
       let pending = try PendingFile(at: path)

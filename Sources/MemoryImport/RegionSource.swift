@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
+public import LinuxSystem
 public import MemoryImage
 internal import SystemPackage
 
@@ -24,9 +25,15 @@ public protocol RegionSource: Sendable {
   /// lets holes be gone over without being read. The range is in bytes from the start of the
   /// region, multiples of 4 KiB.
   func nextData(region: Int, in range: Range<Int>) throws(Failure) -> Int?
+
+  /// The files that are read: what is written of it may not take the place of one.
+  var inputFiles: [FileIdentity] { get }
 }
 
 extension RegionSource {
+  /// None.
+  public var inputFiles: [FileIdentity] { [] }
+
   /// The start of the range: nothing is known about zeros.
   public func nextData(region: Int, in range: Range<Int>) throws(Failure) -> Int? {
     range.isEmpty ? nil : range.lowerBound
@@ -39,6 +46,14 @@ extension MemoryImage: RegionSource {}
 extension RegionSource {
   /// Bytes of all regions.
   var byteCount: Int { regions.reduce(0) { $0 + $1.length } }
+
+  /// Refuses to write to what is read, under whichever name.
+  func requireOther(than path: FilePath) throws(ImportError) {
+    guard let present = FileStatus(at: path), inputFiles.contains(present.identity) else { return }
+    throw ImportError(
+      .invalidLayout, path, "it is read itself, and would be replaced",
+      remedy: "Nothing was written; choose another name.")
+  }
 
   /// Reads a piece from its first data on, rounded down to 4 KiB.
   ///

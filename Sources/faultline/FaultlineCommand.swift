@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 import ArgumentParser
+import LinuxSystem
 
 /// The command: a thin main for each verb.
 @main
@@ -30,6 +31,37 @@ struct FaultlineCommand: ParsableCommand {
       StopCommand.self, BenchCommand.self, ImageCommand.self, ModelCommand.self,
       HostileRoleCommand.self,
     ])
+
+  /// As ArgumentParser has it, but a command whose results could not be written has failed.
+  static func main() {
+    StandardStreams.occupy()
+    do {
+      var command = try parseAsRoot()
+      try command.run()
+      try Terminal.finishOutput()
+    } catch {
+      // Help, too, goes to standard output, with status 0.
+      guard exitCode(for: error).isSuccess else { endOutput(with: error) }
+      let text = fullMessage(for: error)
+      if !text.isEmpty { print(text) }
+      do { try Terminal.finishOutput() } catch { exit(withError: error) }
+      exit(withError: ExitCode.success)
+    }
+  }
+
+  /// Ends with a failure; what was printed before it is said to be missing if it is.
+  private static func endOutput(with error: any Error) -> Never {
+    if let lost = (Result { try Terminal.finishOutput() }).failure,
+      !(error is CommandFailure)
+    {
+      Terminal.note("faultline: \(lost)")
+    }
+    exit(withError: error)
+  }
+}
+
+extension Result {
+  fileprivate var failure: Failure? { if case .failure(let error) = self { error } else { nil } }
 }
 
 /// A failure with a text for the person at the terminal; exit status 1.

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
 import Foundation
+import LinuxSystem
 import Synchronization
+import SystemPackage
 
 /// What the person sees: results on standard output, everything else on standard error.
 enum Terminal {
@@ -27,12 +29,24 @@ enum Terminal {
     FileHandle.standardError.write(Data((text + "\n").utf8))
   }
 
+  /// Sees to it that the results are where they were to go; to be called when all is printed.
+  static func finishOutput() throws {
+    do throws(Errno) {
+      try StandardStreams.flushOutput()
+    } catch {
+      let reason = error == .ioError ? "" : ": \(error)"
+      throw CommandFailure(
+        "standard output cannot be written\(reason). The results are incomplete; is the disk full, "
+          + "or the output closed?")
+    }
+  }
+
   /// One JSON object on one line of standard output.
   static func printJSON(_ value: some Encodable) throws {
     let encoder = JSONEncoder()
     encoder.outputFormatting = [.sortedKeys, .withoutEscapingSlashes]
     print(String(decoding: try encoder.encode(value), as: UTF8.self))
-    fflush(nil)
+    try finishOutput()
   }
 
   /// A text from a file, such as a name in an image, with control characters spelt out: a

@@ -21,8 +21,66 @@ private func residentBytes() throws -> Int {
     << 10
 }
 
+/// The most memory that this process had at any time (VmHWM, proc_pid_status(5)).
+private func peakBytes() throws -> Int {
+  let text = try Host.processFile("status")
+  let line = try #require(text.split(separator: "\n").first { $0.hasPrefix("VmHWM:") })
+  return try #require(Int(line.split(separator: " ").dropFirst().first.map(String.init) ?? ""))
+    << 10
+}
+
 @Suite("The index takes a bounded part of memory, whatever is read")
 struct BoundedMemoryTests {
+  @Test("Verifying a file that claims 2^32 chunks takes a bounded part of memory")
+  func claimedChunks() async {
+    await #expect(processExitsWith: .success) {
+      try withTemporaryDirectory { directory in
+        typealias Header = RawImage.Header
+        let path = FilePath(directory).appending("image")
+        try Sample.smallMachine.write(
+          to: path, ImageOptions(encoding: .zstd(level: 1), blocksPerChunk: 1))
+        var image = RawImage(bytes: try contents(of: path))
+        // The chunk table is in a hole behind the file, but for its first page.
+        let chunks = Int(UInt32.max) - 2
+        let old = Int(image.word(Header.chunkTable))
+        let table = (image.bytes.count + 4095) & ~4095
+        let length = table + (chunks + 254) / 255 * 4096
+        let page = Array(image.bytes[old..<old + 4096])
+        image.set(Header.chunkTable, word: UInt64(table))
+        image.set(Header.chunkCount, word: UInt64(chunks))
+        image.set(Header.fileLength, word: UInt64(length))
+        image.resealHeader()
+        let file = try OwnedDescriptor(openingForUpdate: path)
+        try file.setLength(length)
+        try file.writeAll(Array(image.bytes.prefix(4096)), at: 0)
+        try file.writeAll(page, at: table)
+        let before = try peakBytes()
+        let report = try MemoryImage(path: path).verify()
+        precondition(report.isIntact && report.dataBlocks > 0)
+        let growth = try peakBytes() - before
+        precondition(growth < 256 << 20, "\(growth) bytes")
+      }
+    }
+  }
+
+  @Test("Chunks that are forgotten are looked at again", arguments: Sample.encodings)
+  func forgottenChunks(options: ImageOptions) throws {
+    try withTemporaryDirectory { directory in
+      let path = FilePath(directory).appending("image")
+      try Sample(seed: 11, blocks: [9000, 100]).write(to: path, options)
+      let image = try MemoryImage(path: path)
+      // More chunks than there is room for; blocks that are equal come again.
+      let usual = try image.verify()
+      let forgetful = try image.verify(rememberedChunks: 1)
+      #expect(forgetful.isIntact && usual.isIntact)
+      #expect(forgetful.dataBlocks == usual.dataBlocks && usual.dataBlocks > 3000)
+      #expect(forgetful.zeroBlocks == usual.zeroBlocks)
+      let sample = try image.verify(sample: 0.1, seed: 5)
+      let forgetfulSample = try image.verify(sample: 0.1, seed: 5, rememberedChunks: 1)
+      #expect(sample.unreadBlocks == forgetfulSample.unreadBlocks && sample.unreadBlocks > 0)
+    }
+  }
+
   private static let pages = 40
 
   /// An image of which each index page has data in other places. A block of data begins with

@@ -48,6 +48,12 @@ _Static_assert(MADV_POPULATE_WRITE == 23, "MADV_POPULATE_WRITE");
 static inline long clinux_result(long value) { return value < 0 ? -(long)errno : value; }
 
 static inline long clinux_close(int fd) { return clinux_result(close(fd)); }
+/// Writes out what is buffered for standard output; EIO when an earlier write failed.
+static inline long clinux_flush_output(void) {
+  if (fflush(stdout) != 0) return -(long)errno;
+  return ferror(stdout) ? -(long)EIO : 0;
+}
+static inline long clinux_dup2(int fd, int target) { return clinux_result(dup2(fd, target)); }
 static inline long clinux_dup(int fd) { return clinux_result(fcntl(fd, F_DUPFD_CLOEXEC, 0)); }
 static inline long clinux_set_status_flags(int fd, int flags) {
   return clinux_result(fcntl(fd, F_SETFL, flags));

@@ -47,6 +47,7 @@ struct ImageDiffCommand: ParsableCommand {
       } else {
         report.show(difference)
       }
+      try Terminal.finishOutput()
     } catch {
       // 1 would mean that they differ.
       Terminal.note("Error: \(error)")
