@@ -178,7 +178,9 @@ struct ExportTests {
         let before = openDescriptorCount()
         for _ in 0..<3 {
           let input = try MemoryInput.firecracker(memory: path, diffs: [copy, path])
-          try RawExport.write(input, to: copy)
+          try RawExport.write(input, to: directory.appending("third"))
+          // What is read.
+          _ = importError { try RawExport.write(input, to: copy) }
           _ = importError { _ = try MemoryInput.raw(directory) }
           _ = importError { _ = try CoreFile(path) }
           _ = importError { try RawExport.write(input, to: directory) }
