@@ -197,6 +197,7 @@ final class Attachment: Sendable {
     let isClone = ranges.contains { if case .clone = $0.mode { true } else { false } }
     if configuration.onDamage == .stopVMM { warnUnlessKillable(guest, process) }
     let box = SessionBox()
+    let id = registry.makeID()
     var options = PagerOptions(
       faultThreads: 1, populateThreads: 1,
       onFailure: { [log] failure in
@@ -206,6 +207,7 @@ final class Attachment: Sendable {
       onEnd: { [supervisor] error in
         if let session = box.session { supervisor.end(session, "\(error)") }
       })
+    options.name = id
     options.onFailuresOmitted = { [log] count in
       log.error(
         "\(count) more pages have no right content",
@@ -220,7 +222,7 @@ final class Attachment: Sendable {
         userfaultfd: userfaultfd, regions: regions, source: ImageSource(guest.image),
         options: options, registers: false, process: process)
       session = GuestSession(
-        id: registry.makeID(), identity: guest.identity, image: guest.image, pager: pager,
+        id: id, identity: guest.identity, image: guest.image, pager: pager,
         cache: isClone ? guest.cache : nil, regions: ranges, connection: guest.connection,
         kept: guest.kept, log: log)
       box.fill(session)

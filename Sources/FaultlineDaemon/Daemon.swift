@@ -52,7 +52,9 @@ public final class Daemon {
     manager = ServiceManager(environment: environment)
     Limits.raiseOpenFiles()
     pool = try PagerPool(
-      threads: configuration.faultThreads, capacity: configuration.maximumSessions)
+      threads: configuration.faultThreads, capacity: configuration.maximumSessions,
+      onStuck: { [log] stuck in log.warning("\(stuck)", metadata: ["session": "\(stuck.session)"]) }
+    )
     threads = try DaemonThreads()
     images = ImageRegistry(threads.opens)
     supervisor = try Supervisor(registry, log: log)

@@ -47,6 +47,20 @@ public struct NamedThread: ~Copyable, @unchecked Sendable {
     if pthread_join(handle, nil) == EDEADLK { pthread_detach(handle) }
   }
 
+  /// Where in the kernel a thread of this process waits (/proc/self/task/TID/wchan, proc(5)); `nil`
+  /// when it runs, or that cannot be read.
+  public static func waitChannel(of thread: CInt) -> String? {
+    let path = FilePath("/proc/self/task/\(thread)/wchan")
+    guard let file = try? OwnedDescriptor(openingForReading: path) else { return nil }
+    var bytes = [UInt8](repeating: 0, count: 64)
+    let count = unsafe bytes.withUnsafeMutableBytes { room in
+      unsafe clinux_read(file.rawValue, room.baseAddress, room.count)
+    }
+    guard count > 0 else { return nil }
+    let name = String(decoding: bytes.prefix(count), as: UTF8.self)
+    return name == "0" ? nil : name
+  }
+
   /// The kernel's id of the calling thread (gettid(2)).
   public static var currentID: CInt { CInt(clinux_gettid()) }
 }

@@ -15,6 +15,8 @@ public struct PagerOptions: Sendable {
   /// on, in 8 bytes for each page of the session. Faults bring nothing along then, so that it is
   /// the guest's order. `startRecording` and `stopRecording` change it while the session runs.
   public var records = false
+  /// What messages about several sessions call this one.
+  public var name = ""
   /// How many neighbours a fault brings along.
   public var faultAround = FaultAround.adaptive
   /// Threads that read what a source does not have at hand. They come when they are needed, and

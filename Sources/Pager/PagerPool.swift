@@ -16,14 +16,26 @@ public final class PagerPool: Sendable {
   let watch: PoolWatch
   let reporter: Reporter
   let spare: SpareDescriptor
-  private let threads = Mutex<[ThreadBox]>([])
+  private let crew: PoolCrew
+  /// How long a session that leaves waits for a thread that is stuck.
+  let patience: UInt64
 
-  /// Starts the threads, which are named `fault0`, `fault1`, ….
+  /// Starts the threads, which are named `fault0`, `fault1`, …. One more is kept in reserve, one
+  /// watches them (`poolwatch`), and one calls what sessions were given to call (`report`).
   ///
   /// - Parameters:
   ///   - threads: as many as there are processors to spare for faults.
   ///   - capacity: sessions at a time.
-  public init(threads count: Int = 2, capacity: Int = 1024) throws(PagerError) {
+  ///   - stuckAfter: how long a turn takes, in nanoseconds, before its thread is taken for stuck.
+  ///   - patience: how long `PagerSession.stop`, and `stop`, wait for a thread that is stuck, in
+  ///     nanoseconds.
+  ///   - onStuck: called when a thread is stuck, as `PagerOptions.onFailure`. Its session has it
+  ///     from here on, and another thread is there for the others.
+  public init(
+    threads count: Int = 2, capacity: Int = 1024, stuckAfter: UInt64 = 250_000_000,
+    patience: UInt64 = 5_000_000_000, onStuck: (@Sendable (StuckThread) -> Void)? = nil
+  ) throws(PagerError) {
+    self.patience = patience
     do {
       watch = try PoolWatch(capacity: max(1, capacity))
       spare = try SpareDescriptor()
@@ -31,36 +43,26 @@ public final class PagerPool: Sendable {
     } catch {
       throw PagerError(.resources, "no descriptor or thread for shared fault threads", errno: error)
     }
-    do throws(Errno) {
-      for index in 0..<max(1, count) {
-        let box = ToolsBox(try PoolTools())
-        keep(
-          try NamedThread(name: "fault\(index)") { [watch] in
-            box.run { (tools: inout PoolTools) in watch.serve(&tools) }
-          })
-      }
-      keep(try NamedThread(name: "poolwatch") { [watch] in watch.watch() })
+    let news = Outbox<StuckThread>(limit: 64) {
+      onStuck?($0)
+    } omitted: { _ in
+    }
+    news.use(reporter)
+    do {
+      crew = try PoolCrew(threads: max(1, count), watch, limit: stuckAfter) { news.post($0) }
     } catch {
-      stop()
+      reporter.stop()
       throw PagerError(.resources, "no shared thread for serving faults", errno: error)
     }
   }
 
   deinit { stop() }
 
-  private func keep(_ thread: consuming NamedThread) {
-    let joined = ThreadBox(thread)
-    threads.withLock { $0.append(joined) }
-  }
-
-  /// Ends the threads. Sessions that are still there serve no more: stop them first.
+  /// Ends the threads; one that is stuck ends by itself when it comes back. Sessions that are still
+  /// there serve no more: stop them first.
   public func stop() {
     watch.stop()
-    let threads = threads.withLock { threads in
-      defer { threads = [] }
-      return threads
-    }
-    for thread in threads { thread.join() }
+    crew.join(patience: patience)
     reporter.stop()
     reporter.join(Self.callbackPatience)
   }
@@ -91,7 +93,7 @@ struct PoolTools: ~Copyable {
 }
 
 /// Carries tools to the thread that uses them.
-private final class ToolsBox: @unchecked Sendable {
+final class ToolsBox: @unchecked Sendable {
   // SAFETY: made by one thread, then used by the one thread of the pool only.
   private var tools: PoolTools
   init(_ tools: consuming PoolTools) { self.tools = tools }

@@ -8,39 +8,55 @@ internal import Userfault
 /// A session that threads of a pool serve, one at a time.
 final class PooledSession<Source: PageSource>: PooledGuest {
   private let session: PagerSession<Source>
-  /// `nil` once it has left. The lock is free unless it leaves in a turn.
-  private let server: Mutex<FaultServer<Source>?>
+  /// The lock is free: `duty` says who has it.
+  private let server: Mutex<FaultServer<Source>>
+  private let duty = Atomic<UInt8>(0)
+  /// Bits of `duty`: a thread has its turn; no other turn comes.
+  private static var busy: UInt8 { 1 }
+  private static var left: UInt8 { 2 }
 
   init(_ session: PagerSession<Source>) {
     self.session = session
     server = Mutex(FaultServer(session: session, index: 0))
   }
 
+  var name: String { session.options.name }
   var faultDescriptor: CInt { session.memory.userfaultfd.descriptor.rawValue }
   var processDescriptor: CInt { session.processDescriptor }
+  var stopDescriptor: CInt { session.stopSign.descriptor.rawValue }
 
   @specialized(where Source == ImageSource)
   func turn(_ tools: inout PoolTools, isReadable: Bool) -> PooledTurn {
-    server.withLock { server in
-      guard server != nil, !session.isStopping else { return .left }
-      guard isReadable || session.makeNonBlocking() else { return .left }
-      do throws(Errno) {
-        try tools.reserve(session.benchLength)
-      } catch {
-        session.end(.failed(error))
-        return .left
-      }
-      var next = PooledTurn.left
-      tools.use { events, bench in
-        next = server?.turn(&events, bench) ?? .left
-      }
-      return session.isStopping ? .left : next
+    let (isMine, current) = duty.compareExchange(
+      expected: 0, desired: Self.busy, ordering: .acquiringAndReleasing)
+    guard isMine else { return current & Self.left != 0 ? .left : .later }
+    defer { duty.bitwiseAnd(~Self.busy, ordering: .acquiringAndReleasing) }
+    guard !session.isStopping else { return .left }
+    guard isReadable || session.makeNonBlocking() else { return .left }
+    do throws(Errno) {
+      try tools.reserve(session.benchLength)
+    } catch {
+      session.end(.failed(error))
+      return .left
     }
+    var next = PooledTurn.left
+    tools.use { events, bench in
+      next = server.withLock { $0.turn(&events, bench) }
+    }
+    return session.isStopping ? .left : next
   }
 
   func processHasEnded() { session.end(.processGone) }
 
-  func leave() { server.withLock { $0 = nil } }
+  func leave(patience: UInt64) -> Bool {
+    duty.bitwiseOr(Self.left, ordering: .acquiringAndReleasing)
+    let deadline = MonotonicClock.nanoseconds &+ patience
+    while duty.load(ordering: .acquiring) & Self.busy != 0 {
+      guard MonotonicClock.nanoseconds < deadline else { return false }
+      Pause.microseconds(200)
+    }
+    return true
+  }
 }
 
 extension FaultServer {
@@ -73,9 +89,10 @@ extension PagerSession {
     try begin(spare: pool.spare) { () throws(PagerError) in
       let guest = PooledSession(self)
       let place = try pool.watch.add(guest)
-      let watch = pool.watch
+      let (watch, patience) = (pool.watch, pool.patience)
       return Serving(
-        end: { watch.remove(place, guest) }, reporter: pool.reporter, ownsReporter: false)
+        end: { watch.remove(place, guest, patience: patience) }, reporter: pool.reporter,
+        ownsReporter: false)
     }
   }
 }

@@ -54,12 +54,12 @@ public final class PagerSession<Source: PageSource>: Sendable {
   private let lifecycle = Mutex(())
 
   /// Why a session serves no more.
-  enum End: Sendable { case processGone, failed(Errno), protectionFault, movedTooOften }
+  enum End: Sendable { case processGone, failed(Errno), protectionFault, movedTooOften, abandoned }
 
   /// What serves the session.
   struct Serving {
-    /// Joins the threads that serve, or leaves the pool.
-    var end: @Sendable () -> Void
+    /// Joins the threads that serve, or leaves the pool; `false` when one stays behind.
+    var end: @Sendable () -> Bool
     /// Tells what it has to tell.
     var reporter: Reporter
     /// The reporter is there for this session only.
@@ -182,7 +182,10 @@ public final class PagerSession<Source: PageSource>: Sendable {
         }
         let started = threads
         return Serving(
-          end: { for thread in started { thread.join() } }, reporter: reporter, ownsReporter: true)
+          end: {
+            for thread in started { thread.join() }
+            return true
+          }, reporter: reporter, ownsReporter: true)
       } catch {
         requestStop()
         for thread in threads { thread.join() }
@@ -221,6 +224,9 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// Stops serving and returns when no thread serves any more. The regions stay
   /// registered: whoever faults waits until `start` or `release`.
   ///
+  /// A thread of a pool that the guest keeps in the kernel is waited for for
+  /// `PagerPool.init(patience:)`; then the session has ended, and the thread ends when it comes back.
+  ///
   /// Waits for callbacks that are due or under way for a second at most, and does not when it is
   /// called from within one.
   public func stop() {
@@ -230,7 +236,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
         defer { state.serving = nil }
         return state.serving
       }
-      serving?.end()
+      if let serving, !serving.end() { end(.abandoned) }
       lane.stop(self)
       background.stop(patience: Self.fillPatience)
       endChildren()
@@ -282,6 +288,8 @@ public final class PagerSession<Source: PageSource>: Sendable {
     case nil: nil
     case .processGone: PagerError(.ended, "the guest's process is gone")
     case .failed(let errno): PagerError(.ended, "the userfaultfd failed", errno: errno)
+    case .abandoned:
+      PagerError(.ended, "one of its fault threads does not come back from the kernel")
     case .protectionFault:
       PagerError(
         .ended,

@@ -13,14 +13,25 @@ final class PoolWatch: Sendable {
       var guest: (any PooledGuest)?
       /// Which of those who had the seat one after the other.
       var generation: UInt64 = 0
+      /// The threads that others share do not serve it any more.
+      var isApart = false
+      /// It has a thread of its own.
+      var hasThread = false
     }
     let state = Mutex(State())
   }
 
   /// A session in its seat, as long as it has that.
   struct Place: Hashable, Sendable {
-    fileprivate var seat: Int
-    fileprivate var generation: UInt64
+    /// The seat in the low bits, above them the generation.
+    let rawValue: UInt64
+
+    init(rawValue: UInt64) { self.rawValue = rawValue }
+    fileprivate init(seat: Int, generation: UInt64) {
+      rawValue = generation << PoolWatch.seatBits | UInt64(seat)
+    }
+    fileprivate var seat: Int { Int(rawValue & (1 << PoolWatch.seatBits - 1)) }
+    fileprivate var generation: UInt64 { rawValue >> PoolWatch.seatBits }
   }
 
   /// What an event is about, in the tag's low bits; above them the seat, then its generation. An
@@ -29,7 +40,7 @@ final class PoolWatch: Sendable {
     case faults = 0, process = 1, stop = 2
     static let bits: UInt64 = 2
   }
-  private static var seatBits: UInt64 { 22 }
+  fileprivate static var seatBits: UInt64 { 22 }
   /// All that there are: a seat has that many sessions before one of them looks like another.
   private static var generations: UInt64 { UInt64.max >> (seatBits + Kind.bits) }
 
@@ -38,11 +49,12 @@ final class PoolWatch: Sendable {
   private let seats: [Seat]
   private let free: Mutex<[Int]>
   private let isStopping = Atomic<Bool>(false)
-  private let postponed = Monitor(Postponed())
+  private let clock = Monitor(Clock())
 
-  private struct Postponed {
+  private struct Clock {
     /// In the order in which they are due.
-    var places: [(place: Place, due: UInt64)] = []
+    var postponed: [(place: Place, due: UInt64)] = []
+    var sessions = 0
     var isStopping = false
   }
 
@@ -59,9 +71,11 @@ final class PoolWatch: Sendable {
   func stop() {
     isStopping.store(true, ordering: .releasing)
     stopSign.signal()
-    postponed.withLock { $0.isStopping = true }
+    clock.withLock { $0.isStopping = true }
   }
 
+  /// Sessions that there is room for.
+  var capacity: Int { seats.count }
   var sessionCount: Int { seats.count - free.withLock { $0.count } }
 
   // MARK: - Sessions
@@ -73,6 +87,7 @@ final class PoolWatch: Sendable {
     guard let seat = free.withLock({ $0.popLast() }) else {
       throw PagerError(.resources, "the \(seats.count) sessions that there is room for are there")
     }
+    clock.withLock { $0.sessions += 1 }
     let place = seats[seat].state.withLock { state in
       state.guest = guest
       return Place(seat: seat, generation: state.generation)
@@ -83,31 +98,47 @@ final class PoolWatch: Sendable {
         try poller.addOnce(guest.processDescriptor, tag: tag(.process, place))
       }
     } catch {
-      remove(place, guest)
+      remove(place, guest, patience: 0)
       throw PagerError(.resources, "the session cannot be watched", errno: error)
     }
     return place
   }
 
-  /// Ends the serving of a session; none of its turns is under way afterwards.
-  func remove(_ place: Place, _ guest: any PooledGuest) {
+  /// Ends the serving of a session.
+  ///
+  /// - Parameter patience: how long a turn that is under way is waited for, in nanoseconds.
+  /// - Returns: `false` when one is under way still.
+  @discardableResult
+  func remove(_ place: Place, _ guest: any PooledGuest, patience: UInt64) -> Bool {
     seats[place.seat].state.withLock { state in
       // Whoever has an event of it, or is at the end of its turn, finds that it has left. So
       // nobody watches a descriptor again whose number is another session's by then.
-      state.generation = (state.generation + 1) & Self.generations
-      state.guest = nil
+      state = Seat.State(generation: (state.generation + 1) & Self.generations)
       // ENOENT: it was not watched.
       try? poller.remove(guest.faultDescriptor)
       if guest.processDescriptor >= 0 { try? poller.remove(guest.processDescriptor) }
     }
-    guest.leave()
-    free.withLock { $0.append(place.seat) }
+    clock.withLock { $0.sessions -= 1 }
+    defer { free.withLock { $0.append(place.seat) } }
+    return guest.leave(patience: patience)
+  }
+
+  /// Has the threads that others share not serve a session any more.
+  ///
+  /// - Returns: the session's name; `nil` when it has left.
+  func setApart(_ place: Place) -> String? {
+    seats[place.seat].state.withLock { state in
+      guard state.generation == place.generation, let guest = state.guest else { return nil }
+      state.isApart = true
+      return guest.name
+    }
   }
 
   /// Has a session reported again, if it is there.
   private func rearm(_ place: Place) {
     seats[place.seat].state.withLock { state in
-      guard state.generation == place.generation, let guest = state.guest else { return }
+      guard state.generation == place.generation, !state.isApart, let guest = state.guest
+      else { return }
       try? poller.rearm(guest.faultDescriptor, tag: tag(.faults, place))
     }
   }
@@ -115,56 +146,32 @@ final class PoolWatch: Sendable {
   /// Has a session reported again after a while.
   private func postpone(_ place: Place) {
     let due = MonotonicClock.nanoseconds &+ Self.delay
-    postponed.withLock { $0.places.append((place, due)) }
+    clock.withLock { $0.postponed.append((place, due)) }
   }
 
   private static var delay: UInt64 { 10_000_000 }
 
+  /// The session of a place, if it is there and the caller's kind of thread serves it.
   private func guest(at place: Place) -> (any PooledGuest)? {
-    seats[place.seat].state.withLock { $0.generation == place.generation ? $0.guest : nil }
+    seats[place.seat].state.withLock { state in
+      state.generation == place.generation && !state.isApart ? state.guest : nil
+    }
   }
 
   private func tag(_ kind: Kind, _ place: Place) -> UInt64 {
-    (place.generation << Self.seatBits | UInt64(place.seat)) << Kind.bits | kind.rawValue
-  }
-
-  private func place(of tag: UInt64) -> Place {
-    let seat = tag >> Kind.bits & (1 << Self.seatBits - 1)
-    return Place(seat: Int(seat), generation: tag >> (Kind.bits + Self.seatBits))
+    place.rawValue << Kind.bits | kind.rawValue
   }
 
   // MARK: - The threads
 
-  /// What the pool's own thread (`poolwatch`) does.
-  func watch() {
-    while true {
-      let next = postponed.wait { state -> (place: Place, due: UInt64)?? in
-        if state.isStopping { return .some(nil) }
-        guard !state.places.isEmpty else { return nil }
-        return state.places.removeFirst()
-      }
-      guard let next else { return }
-      let now = MonotonicClock.nanoseconds
-      if next.due > now { Pause.microseconds(UInt32((next.due - now) / 1000)) }
-      rearm(next.place)
-    }
-  }
-
-  /// Sessions that have more to do than they were reported for; one thread has them. Nobody is
-  /// kept in here for longer than that.
-  typealias Eager = [(guest: any PooledGuest, place: Place)]
-
-  func serve(_ tools: inout PoolTools) {
-    var eager: Eager = []
-    eager.reserveCapacity(seats.count)
+  /// Serves sessions until the pool ends, or one of them has the thread.
+  func serve(_ worker: PoolWorker, _ tools: inout PoolTools) {
     while !isStopping.load(ordering: .acquiring) {
-      if let event = next(milliseconds: eager.isEmpty ? -1 : 0) {
-        handle(event, &eager, &tools)
+      if let event = next(milliseconds: worker.hasEager ? 0 : -1) {
+        guard handle(event, worker, &tools) else { return }
       }
-      // The one that has waited longest of those who have more to do.
-      if !eager.isEmpty {
-        let (guest, place) = eager.removeFirst()
-        turn(guest, place, isReadable: true, &eager, &tools)
+      if let place = worker.nextEager() {
+        guard turn(place, isReadable: true, worker, &tools) else { return }
       }
     }
   }
@@ -175,28 +182,100 @@ final class PoolWatch: Sendable {
   }
 
   /// Does what an event asks for. One whose session has left is nobody's.
-  func handle(_ event: Poller.Event, _ eager: inout Eager, _ tools: inout PoolTools) {
+  ///
+  /// - Returns: `false` when the thread was its session's, and is not needed any more.
+  func handle(_ event: Poller.Event, _ worker: PoolWorker, _ tools: inout PoolTools) -> Bool {
+    let place = Place(rawValue: event.tag >> Kind.bits)
     switch Kind(rawValue: event.tag & (1 << Kind.bits - 1)) {
-    case .stop, nil: break
-    case .process: guest(at: place(of: event.tag))?.processHasEnded()
-    case .faults:
-      let place = place(of: event.tag)
-      guard let guest = guest(at: place) else { return }
-      turn(guest, place, isReadable: event.isReadable, &eager, &tools)
+    case .stop, nil: return true
+    case .process:
+      seats[place.seat].state.withLock {
+        $0.generation == place.generation ? $0.guest : nil
+      }?.processHasEnded()
+      return true
+    case .faults: return turn(place, isReadable: event.isReadable, worker, &tools)
     }
   }
 
   private func turn(
-    _ guest: any PooledGuest, _ place: Place, isReadable: Bool, _ eager: inout Eager,
-    _ tools: inout PoolTools
-  ) {
-    switch guest.turn(&tools, isReadable: isReadable) {
+    _ place: Place, isReadable: Bool, _ worker: PoolWorker, _ tools: inout PoolTools
+  ) -> Bool {
+    worker.begin(place)
+    // Also letting go of a session that has left meanwhile is part of the turn.
+    let next = guest(at: place)?.turn(&tools, isReadable: isReadable) ?? .left
+    guard worker.end() else {
+      serveApart(place, next, &tools)
+      return false
+    }
+    switch next {
     case .waits: rearm(place)
-    case .hasMore: eager.append((guest, place))
+    case .hasMore: worker.append(place)
     case .later: postpone(place)
     case .left: break
     }
+    return true
   }
+
+  /// Serves a session that is apart until it leaves. Nothing when it has a thread already.
+  private func serveApart(_ place: Place, _ first: PooledTurn, _ tools: inout PoolTools) {
+    let found = seats[place.seat].state.withLock { state -> (any PooledGuest)? in
+      guard state.generation == place.generation, !state.hasThread else { return nil }
+      (state.isApart, state.hasThread) = (true, true)
+      return state.guest
+    }
+    guard let guest = found else { return }
+    let set = PollSet(
+      guest.faultDescriptor, guest.stopDescriptor, stopSign.descriptor.rawValue)
+    // It may have been apart already when the turn began, and was left alone then; if it has left,
+    // its stop sign says so.
+    var next = if case .left = first { PooledTurn.waits } else { first }
+    while !isStopping.load(ordering: .acquiring) {
+      switch next {
+      case .left: return
+      case .hasMore: next = guest.turn(&tools, isReadable: true)
+      case .later:
+        Pause.microseconds(UInt32(Self.delay / 1000))
+        next = guest.turn(&tools, isReadable: true)
+      case .waits:
+        guard let ready = try? set.wait() ?? nil else { continue }
+        guard ready.tag == 0 else { return }
+        next = guest.turn(&tools, isReadable: ready.isReadable)
+      }
+    }
+  }
+
+  // MARK: - The clock
+
+  /// Has postponed sessions reported when they are due, until the pool ends. Without sessions it
+  /// sleeps.
+  ///
+  /// - Parameter look: called as often as that, in nanoseconds.
+  func keepTime(every interval: UInt64, _ look: () -> Void) {
+    var nextLook: UInt64 = 0
+    while true {
+      clock.wait { clock -> Void? in clock.isStopping || clock.sessions > 0 ? () : nil }
+      let step = clock.wait(until: max(nextLook, 1)) { clock -> ClockStep? in
+        if clock.isStopping { return .stop }
+        guard let first = clock.postponed.first else { return nil }
+        guard first.due <= MonotonicClock.nanoseconds else { return .sleep(until: first.due) }
+        return .report(clock.postponed.removeFirst().place)
+      }
+      switch step {
+      case .stop: return
+      case .report(let place): rearm(place)
+      case .sleep(let due):
+        let now = MonotonicClock.nanoseconds
+        if due > now { Pause.microseconds(UInt32(min(due - now, Self.delay) / 1000)) }
+      case nil: break
+      }
+      if MonotonicClock.nanoseconds >= nextLook {
+        look()
+        nextLook = MonotonicClock.nanoseconds &+ interval
+      }
+    }
+  }
+
+  private enum ClockStep { case stop, report(Place), sleep(until: UInt64) }
 }
 
 /// What is to be done with a session after its turn.
@@ -213,11 +292,17 @@ enum PooledTurn {
 
 /// A session, as its pool sees it.
 protocol PooledGuest: AnyObject, Sendable {
+  /// For messages.
+  var name: String { get }
   var faultDescriptor: CInt { get }
   /// A pidfd, or -1.
   var processDescriptor: CInt { get }
   func turn(_ tools: inout PoolTools, isReadable: Bool) -> PooledTurn
+  /// Readable once no more is to be served.
+  var stopDescriptor: CInt { get }
   func processHasEnded()
   /// No turn comes after this.
-  func leave()
+  ///
+  /// - Returns: `false` when one is under way still after so many nanoseconds.
+  func leave(patience: UInt64) -> Bool
 }

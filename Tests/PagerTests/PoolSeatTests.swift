@@ -18,7 +18,7 @@ struct PoolSeatTests {
   func staleEvent(kind: Stale) throws {
     let watch = try PoolWatch(capacity: 1)
     var tools = try PoolTools()
-    var eager: PoolWatch.Eager = []
+    let worker = PoolWorker()
     let first = try SeatGuest()
     let place = try watch.add(first)
     switch kind {
@@ -29,43 +29,43 @@ struct PoolSeatTests {
     // One thread has taken the event when the session leaves and another one comes.
     let event = try #require(watch.next(milliseconds: 10_000))
     #expect(event.isReadable == (kind != .failedDescriptor))
-    watch.remove(place, first)
+    watch.remove(place, first, patience: 0)
     let second = try SeatGuest()
     let next = try watch.add(second)
-    watch.handle(event, &eager, &tools)
+    _ = watch.handle(event, worker, &tools)
     #expect(first.calls == [])
     #expect(second.calls == [])
     // Its own events come as ever.
     second.endProcess()
-    watch.handle(try #require(watch.next(milliseconds: 10_000)), &eager, &tools)
+    _ = watch.handle(try #require(watch.next(milliseconds: 10_000)), worker, &tools)
     second.raiseFault()
-    watch.handle(try #require(watch.next(milliseconds: 10_000)), &eager, &tools)
+    _ = watch.handle(try #require(watch.next(milliseconds: 10_000)), worker, &tools)
     #expect(second.calls == ["process", "turn true"])
-    watch.remove(next, second)
+    watch.remove(next, second, patience: 0)
   }
 
   @Test("A turn that ends after its session has left watches nobody else's descriptor")
   func staleTurn() throws {
     let watch = try PoolWatch(capacity: 2)
     var tools = try PoolTools()
-    var eager: PoolWatch.Eager = []
+    let worker = PoolWorker()
     let first = try SeatGuest()
     let place = try watch.add(first)
     let next = Mutex<(place: PoolWatch.Place, guest: SeatGuest)?>(nil)
     // Between the end of the turn and the next watch the session is stopped and started again.
     first.onTurn = {
-      watch.remove(place, first)
+      watch.remove(place, first, patience: 0)
       guard let second = try? SeatGuest(startedAgain: first), let place = try? watch.add(second)
       else { return }
       next.withLock { $0 = (place, second) }
     }
     first.raiseFault()
-    watch.handle(try #require(watch.next(milliseconds: 10_000)), &eager, &tools)
+    _ = watch.handle(try #require(watch.next(milliseconds: 10_000)), worker, &tools)
     let second = try #require(next.withLock { $0 })
     second.guest.raiseFault()
-    watch.handle(try #require(watch.next(milliseconds: 10_000)), &eager, &tools)
+    _ = watch.handle(try #require(watch.next(milliseconds: 10_000)), worker, &tools)
     #expect(second.guest.calls == ["turn true"])
-    watch.remove(second.place, second.guest)
+    watch.remove(second.place, second.guest, patience: 0)
   }
 }
 
@@ -92,6 +92,8 @@ private final class SeatGuest: PooledGuest, @unchecked Sendable {
   func fail() { try? faults.fileHandleForWriting.close() }
   func endProcess() { process.signal() }
 
+  var name: String { "seat" }
+  var stopDescriptor: CInt { -1 }
   var faultDescriptor: CInt { faults.fileHandleForReading.fileDescriptor }
   var processDescriptor: CInt { process.descriptor.rawValue }
 
@@ -105,5 +107,5 @@ private final class SeatGuest: PooledGuest, @unchecked Sendable {
   }
 
   func processHasEnded() { calls.append("process") }
-  func leave() {}
+  func leave(patience: UInt64) -> Bool { true }
 }
