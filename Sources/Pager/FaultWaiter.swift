@@ -9,13 +9,15 @@ struct FaultWaiter: ~Copyable {
   /// What there is to do; also the place in the poll set.
   enum Tag: UInt64 { case faults, stop, process }
 
-  private let set: PollSet
+  private var set: PollSet
+  private let process: CInt
   private let poller: Poller?
 
   init<Source>(_ session: borrowing PagerSession<Source>) throws(Errno) {
     let faults = session.memory.userfaultfd.descriptor.rawValue
     let stop = session.stopSign.descriptor.rawValue
-    set = PollSet(faults, stop, session.processDescriptor)
+    process = session.processDescriptor
+    set = PollSet(faults, stop, process)
     guard session.options.faultThreads > 1 else {
       self.poller = nil
       return
@@ -30,11 +32,22 @@ struct FaultWaiter: ~Copyable {
     self.poller = consume poller
   }
 
-  /// Sleeps until something happens; `nil` when a signal came.
-  func wait() throws(Errno) -> Poller.Event? {
+  /// Looks for the end of the process no more.
+  mutating func forgetProcess(_ faults: CInt, _ stop: CInt) {
     switch poller {
-    case .none: try set.wait()
-    case .some(let poller): try poller.wait()
+    case .none: set = PollSet(faults, stop)
+    // ENOENT: it was not watched.
+    case .some(let poller): try? poller.remove(process)
+    }
+  }
+
+  /// Sleeps until something happens; `nil` when a signal came, or the time ran out.
+  ///
+  /// - Parameter milliseconds: negative waits for ever.
+  func wait(milliseconds: CInt = -1) throws(Errno) -> Poller.Event? {
+    switch poller {
+    case .none: try set.wait(milliseconds: milliseconds)
+    case .some(let poller): try poller.wait(milliseconds: milliseconds)
     }
   }
 }

@@ -7,7 +7,7 @@ internal import Userfault
 /// One fault thread of a session: waits, then has its faults served.
 struct FaultWorker<Source: PageSource>: ~Copyable {
   private let session: PagerSession<Source>
-  private let waiter: FaultWaiter
+  private var waiter: FaultWaiter
   private var server: FaultServer<Source>
   private var events: EventBuffer
   private let bench: Workbench
@@ -17,6 +17,8 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
   /// Short sleeps until the window opens again, and how many the next failure costs.
   private var pollCooldown = 0
   private var pollPenalty = 1
+  /// The process that handed over is gone and the memory is not: when to look for that again.
+  private var nextLook: UInt64?
 
   init(session: PagerSession<Source>, index: Int) throws(Errno) {
     let waiter = try FaultWaiter(session)
@@ -30,6 +32,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
 
   mutating func run() {
     while !session.isStopping {
+      if let nextLook, MonotonicClock.nanoseconds >= nextLook { lookForMemory() }
       if server.isHeldUp {
         Pause.microseconds(UInt32(ForkPace.interval / 1000))
         server.readEvents(&events)
@@ -47,7 +50,7 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
       let event: Poller.Event?
       let start = MonotonicClock.nanoseconds
       do throws(Errno) {
-        event = try waiter.wait()
+        event = try waiter.wait(milliseconds: nextLook == nil ? -1 : 1000)
       } catch {
         session.end(.failed(error))
         return
@@ -56,8 +59,9 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
       case nil: continue
       case .stop: return
       case .process:
-        session.end(.processGone)
-        return
+        waiter.forgetProcess(
+          session.memory.userfaultfd.descriptor.rawValue, session.stopSign.descriptor.rawValue)
+        lookForMemory()
       case .faults:
         guard event?.isReadable == true || session.makeNonBlocking() else { return }
         server.readEvents(&events)
@@ -65,6 +69,13 @@ struct FaultWorker<Source: PageSource>: ~Copyable {
         server.serve(&events, bench)
       }
     }
+  }
+
+  /// Ends the session when the memory is gone. It may be that of another process than the one that
+  /// handed it over, and nothing tells of its end.
+  private mutating func lookForMemory() {
+    guard session.hasGuestMemory else { return session.end(.processGone) }
+    nextLook = MonotonicClock.nanoseconds &+ PoolOrphans.interval
   }
 
   // MARK: - Waiting

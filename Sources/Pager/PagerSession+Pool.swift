@@ -46,7 +46,9 @@ final class PooledSession<Source: PageSource>: PooledGuest {
     return session.isStopping ? .left : next
   }
 
+  var hasMemory: Bool { session.hasGuestMemory }
   func processHasEnded() { session.end(.processGone) }
+  func wakeAll() { session.wakeAll() }
 
   func leave(patience: UInt64) -> Bool {
     duty.bitwiseOr(Self.left, ordering: .acquiringAndReleasing)

@@ -19,13 +19,12 @@ final class PoolCrew: Sendable {
     private let thread = Mutex<ThreadBox?>(nil)
 
     /// Starts its thread, which waits for `serve`.
-    init(number: Int, _ watch: PoolWatch) throws(Errno) {
-      let box = ToolsBox(try PoolTools())
+    init(_ name: String, _ body: @escaping @Sendable (PoolWorker) -> Void) throws(Errno) {
       let started = ThreadBox(
-        try NamedThread(name: "fault\(number)") { [self] in
-          worker.adopt(capacity: watch.capacity)
+        try NamedThread(name: name) { [self] in
+          worker.adopt()
           let serves = duty.wait { duty -> Bool? in duty == .waits ? nil : duty == .serves }
-          if serves { box.run { (tools: inout PoolTools) in watch.serve(worker, &tools) } }
+          if serves { body(worker) }
           hasEnded.store(true, ordering: .releasing)
         })
       thread.withLock { $0 = started }
@@ -48,6 +47,8 @@ final class PoolCrew: Sendable {
     /// Also those that sessions have, until they end.
     var members: [Member] = []
     var reserve: Member?
+    /// Asks sessions whose process is gone; `nil` while there is no thread for it.
+    var checker: Member?
     var count = 0
   }
 
@@ -68,6 +69,7 @@ final class PoolCrew: Sendable {
     do throws(Errno) {
       for _ in 0..<threads { try hire()?.serve() }
       try hire(forReserve: true)
+      try hireChecker()
       let interval = max(limit / 5, 1_000_000)
       let started = ThreadBox(
         try NamedThread(name: "poolwatch") { [self] in
@@ -98,9 +100,22 @@ final class PoolCrew: Sendable {
       defer { state.count += 1 }
       return state.count
     }
-    let member = try Member(number: number, watch)
+    let box = ToolsBox(try PoolTools())
+    let member = try Member("fault\(number)") { [watch] worker in
+      worker.reserve(watch.capacity)
+      box.run { (tools: inout PoolTools) in watch.serve(worker, &tools) }
+    }
     state.withLock { if forReserve { $0.reserve = member } else { $0.members.append(member) } }
     return member
+  }
+
+  private func hireChecker() throws(Errno) {
+    let checker = try Member("poolcheck") { [watch] worker in watch.check(worker) }
+    state.withLock { state in
+      state.checker = checker
+      state.members.append(checker)
+    }
+    checker.serve()
   }
 
   // MARK: - The watch
@@ -110,6 +125,13 @@ final class PoolCrew: Sendable {
     let now = MonotonicClock.nanoseconds
     for member in state.withLock({ $0.members }) {
       guard let turn = member.worker.turn(longerThan: limit, at: now) else { continue }
+      guard !isChecker(member) else {
+        // Whoever serves the session would be stuck as well.
+        guard member.worker.condemn(turn) else { continue }
+        state.withLock { $0.checker = nil }
+        report(member.worker.threadID, watch.setApart(turn.place) ?? "that has left")
+        continue
+      }
       // Without one in its place nobody would serve the others.
       guard let reserve = state.withLock({ $0.reserve }), member.worker.condemn(turn) else {
         continue
@@ -122,11 +144,14 @@ final class PoolCrew: Sendable {
       reserve.serve()
       report(member.worker.threadID, watch.setApart(turn.place) ?? "that has left")
     }
-    if state.withLock({ $0.reserve == nil }) {
-      // Tried again at the next look.
-      _ = try? hire(forReserve: true)
-    }
+    // Tried again at the next look.
+    if state.withLock({ $0.reserve == nil }) { _ = try? hire(forReserve: true) }
+    if state.withLock({ $0.checker == nil }) { try? hireChecker() }
     state.withLock { state in state.members.removeAll { $0.isOver } }
+  }
+
+  private func isChecker(_ member: Member) -> Bool {
+    state.withLock { $0.checker === member }
   }
 
   private func report(_ thread: CInt, _ session: String) {

@@ -50,6 +50,7 @@ final class PoolWatch: Sendable {
   private let free: Mutex<[Int]>
   private let isStopping = Atomic<Bool>(false)
   private let clock = Monitor(Clock())
+  let orphans = PoolOrphans()
 
   private struct Clock {
     /// In the order in which they are due.
@@ -72,6 +73,7 @@ final class PoolWatch: Sendable {
     isStopping.store(true, ordering: .releasing)
     stopSign.signal()
     clock.withLock { $0.isStopping = true }
+    orphans.stop()
   }
 
   /// Sessions that there is room for.
@@ -151,10 +153,24 @@ final class PoolWatch: Sendable {
 
   private static var delay: UInt64 { 10_000_000 }
 
-  /// The session of a place, if it is there and the caller's kind of thread serves it.
-  private func guest(at place: Place) -> (any PooledGuest)? {
+  /// Has the threads that others share serve a session again, if it has no thread of its own.
+  func rejoin(_ place: Place) {
+    let guest = seats[place.seat].state.withLock { state -> (any PooledGuest)? in
+      guard state.generation == place.generation, !state.hasThread else { return nil }
+      state.isApart = false
+      return state.guest
+    }
+    rearm(place)
+    // Faults that were read before are raised again.
+    guest?.wakeAll()
+  }
+
+  /// The session of a place, if it is there.
+  ///
+  /// - Parameter alsoApart: also where the threads that others share do not serve it.
+  func guest(at place: Place, alsoApart: Bool = false) -> (any PooledGuest)? {
     seats[place.seat].state.withLock { state in
-      state.generation == place.generation && !state.isApart ? state.guest : nil
+      state.generation == place.generation && (alsoApart || !state.isApart) ? state.guest : nil
     }
   }
 
@@ -189,9 +205,7 @@ final class PoolWatch: Sendable {
     switch Kind(rawValue: event.tag & (1 << Kind.bits - 1)) {
     case .stop, nil: return true
     case .process:
-      seats[place.seat].state.withLock {
-        $0.generation == place.generation ? $0.guest : nil
-      }?.processHasEnded()
+      if guest(at: place, alsoApart: true) != nil { orphans.add(place) }
       return true
     case .faults: return turn(place, isReadable: event.isReadable, worker, &tools)
     }
@@ -300,7 +314,12 @@ protocol PooledGuest: AnyObject, Sendable {
   func turn(_ tools: inout PoolTools, isReadable: Bool) -> PooledTurn
   /// Readable once no more is to be served.
   var stopDescriptor: CInt { get }
+  /// Whether there is still an address space with its memory. May take as long as the guest likes.
+  var hasMemory: Bool { get }
+  /// Its process, and its memory, are gone.
   func processHasEnded()
+  /// Has whoever waits for a page fault again.
+  func wakeAll()
   /// No turn comes after this.
   ///
   /// - Returns: `false` when one is under way still after so many nanoseconds.

@@ -24,10 +24,10 @@ final class PoolWorker: Sendable {
   private static var stuckBit: UInt64 { 1 << 63 }
 
   /// Makes the calling thread its thread.
-  func adopt(capacity: Int) {
-    thread.store(Int(NamedThread.currentID), ordering: .relaxed)
-    eager.withLock { $0.reserveCapacity(capacity) }
-  }
+  func adopt() { thread.store(Int(NamedThread.currentID), ordering: .relaxed) }
+
+  /// Makes room for so many sessions that have more to do.
+  func reserve(_ capacity: Int) { eager.withLock { $0.reserveCapacity(capacity) } }
 
   /// The kernel's id of its thread.
   var threadID: CInt { CInt(thread.load(ordering: .relaxed)) }

@@ -38,6 +38,7 @@ struct PoolSeatTests {
     // Its own events come as ever.
     second.endProcess()
     _ = watch.handle(try #require(watch.next(milliseconds: 10_000)), worker, &tools)
+    #expect(!watch.ask(try #require(watch.orphans.next())))
     second.raiseFault()
     _ = watch.handle(try #require(watch.next(milliseconds: 10_000)), worker, &tools)
     #expect(second.calls == ["process", "turn true"])
@@ -106,6 +107,8 @@ private final class SeatGuest: PooledGuest, @unchecked Sendable {
     return .waits
   }
 
+  var hasMemory: Bool { false }
+  func wakeAll() {}
   func processHasEnded() { calls.append("process") }
   func leave(patience: UInt64) -> Bool { true }
 }

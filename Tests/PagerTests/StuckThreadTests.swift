@@ -49,18 +49,19 @@ struct StuckThreadTests {
       for page in 0..<Holder.pages {
         precondition(holders[1].isRight(page), "page \(page)")
       }
-      let threads = try Host.threadCount()
+      // Two that all share, one in reserve, and those of the three.
+      precondition(Delay.until { faultThreads() == 6 }, "\(faultThreads()) threads")
       holders[1].join()
       holders[1].session.stop()
       precondition(!holders[1].session.hasEnded)
-      precondition(Delay.until { (try? Host.threadCount()) == threads - 2 }, "its thread stays")
+      precondition(Delay.until { faultThreads() == 5 }, "its thread stays")
       holders[0].letGo()
       holders[2].letGo()
       holders[2].join()
       holders[2].session.release()
       // Also that of the session that was stopped before it came back: its last page came with it.
       holders[0].join()
-      precondition(Delay.until { (try? Host.threadCount()) == threads - 6 }, "threads stay")
+      precondition(Delay.until { faultThreads() == 3 }, "threads stay")
       precondition(pool.sessionCount == 1)
       honest.session.release()
       pool.stop()
@@ -98,6 +99,9 @@ struct StuckThreadTests {
     }
   }
 }
+
+/// Threads of pools.
+private func faultThreads() -> Int { (0..<12).reduce(0) { $0 + Host.threads(named: "fault\($1)") } }
 
 /// Content that is said to be at hand, and keeps the thread that asks for it until it may go: as a
 /// guest does that has a lock of the kernel.

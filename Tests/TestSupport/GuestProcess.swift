@@ -47,9 +47,11 @@ package final class GuestProcess: Sendable {
   deinit { kill() }
 
   /// A session over a duplicate of the descriptor; the page states are shared by all.
+  ///
+  /// - Parameter peer: the process that hands over, if it is another one.
   package func session<Source: PageSource>(
     _ source: Source, watchesProcess: Bool = true, faultAround: FaultAround = .off,
-    onDamage: DamagePolicy = .poison, faultThreads: Int = 1
+    onDamage: DamagePolicy = .poison, faultThreads: Int = 1, peer: CInt? = nil
   ) throws -> PagerSession<Source> {
     var options = PagerOptions(faultThreads: faultThreads)
     options.faultAround = faultAround
@@ -63,7 +65,7 @@ package final class GuestProcess: Sendable {
     return try PagerSession(
       userfaultfd: userfaultfd, regions: [region], source: source, options: options,
       registers: false,
-      process: try openProcess(process.processIdentifier))
+      process: try openProcess(peer ?? process.processIdentifier))
   }
 
   /// Lets its threads begin.
