@@ -33,6 +33,9 @@ try socket.send(Array(hello.utf8), descriptors: [userfaultfd.descriptor.rawValue
 _ = try socket.receive(limit: 1)
 
 if let forks, let readers = ForkedReaders() {
+  // Children of a mapping that has no page of its own do not get its poison markers (mm/memory.c,
+  // vma_needs_copy), and one that was let go of may fork.
+  _ = load(memory.range, offset: 0)
   for _ in 0..<forks.count { readers.fork(memory.range, depth: forks.depth) }
   try socket.send(Array("forked".utf8))
   _ = try socket.receive(limit: 1)
