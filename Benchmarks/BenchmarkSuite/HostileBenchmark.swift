@@ -29,7 +29,9 @@ public struct HostileBenchmark {
   public func run(
     _ report: (BenchmarkResult) throws -> Void, explain: (String) -> Void
   ) throws {
-    for scenario in HostileScenario.all where isWanted("hostile." + scenario.name) {
+    // One that is refused does nothing that could be measured.
+    for scenario in HostileScenario.all
+    where !scenario.isRefused && isWanted("hostile." + scenario.name) {
       for result in try compare(scenario, explain) { try report(result) }
     }
     for memory in HostileSoak.Memory.allCases where isWanted("hostile.soak." + memory.rawValue) {

@@ -37,6 +37,8 @@ struct vmm {
   _Atomic unsigned char *fates;
   /// It gave up what the image has (it maps something else there): zeros may be anywhere.
   bool is_lax;
+  /// What it maps next is at the same addresses: it waits until the service has let go of them.
+  bool reuses;
   // What it counted.
   _Atomic uint64_t touches, wrong, errors, zeros, rounds, stuck;
   _Atomic bool stops;
@@ -58,6 +60,8 @@ uint64_t hostile_register_mode(const struct vmm *v);
 int hostile_hand_over(struct vmm *v);
 /// All of that.
 int hostile_begin(struct vmm *v);
+/// The end of that; nothing is in its place afterwards, unless it `reuses` its addresses.
+void hostile_end(struct vmm *v);
 int hostile_connect(const char *path);
 /// Sends all bytes, and a descriptor with the first.
 int hostile_send(int socket, const void *bytes, size_t length, const int *descriptors, int count);
@@ -104,5 +108,6 @@ int hostile_splits(struct vmm *v);
 int hostile_undescribed(struct vmm *v);
 int hostile_shortage(struct vmm *v);
 int hostile_own_file(struct vmm *v);
+int hostile_fuse(struct vmm *v);
 
 #endif

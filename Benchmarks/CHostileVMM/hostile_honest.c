@@ -77,12 +77,7 @@ static int serve_once(struct vmm *v, size_t *order, uint64_t *state) {
     }
     if (v->pause_us) hostile_pause(v->pause_us);
   }
-  if (v->connection >= 0) close(v->connection);
-  if (v->userfaultfd >= 0) close(v->userfaultfd);
-  if (v->base) munmap(v->base, v->length);
-  if (v->memory_file >= 0) close(v->memory_file);
-  v->connection = v->userfaultfd = v->memory_file = -1;
-  v->base = NULL;
+  hostile_end(v);
   return status;
 }
 

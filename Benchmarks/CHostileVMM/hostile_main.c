@@ -36,6 +36,7 @@ static const struct {
     {"undescribed", hostile_undescribed},
     {"shortage", hostile_shortage},
     {"own-file", hostile_own_file},
+    {"fuse", hostile_fuse},
 };
 
 static const char *value(int count, char *const *words, const char *name) {
@@ -70,6 +71,7 @@ int hostile_main(int count, char *const *words) {
   v->piece = number(count, words, "piece", 64 << 10);
   v->seed = number(count, words, "seed", 1);
   v->operations = number(count, words, "operations", 1000);
+  v->reuses = number(count, words, "reuses", 0) != 0;
   v->userfaultfd = v->memory_file = v->connection = -1;
   const char *advice = value(count, words, "advice");
   v->advice = advice && strcmp(advice, "remove") == 0 ? MADV_REMOVE : MADV_DONTNEED;

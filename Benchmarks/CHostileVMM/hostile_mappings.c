@@ -102,11 +102,18 @@ static void *splitter(void *argument) {
   return NULL;
 }
 
+/// Touches blocks in their order, so that the service fills ahead, over the cuts.
+static void *orderly_toucher(void *argument) {
+  struct vmm *v = argument;
+  for (size_t block = 0; block < hostile_blocks(v) && !v->stops; block++) hostile_check(v, block);
+  return hostile_toucher(v);
+}
+
 int hostile_splits(struct vmm *v) {
   const int status = hostile_begin(v);
   if (status != 0) return status;
   if (hostile_start(splitter, v) != 0) return -1;
-  if (hostile_start_many(v->threads, hostile_toucher, v) != 0) return -1;
+  if (hostile_start_many(v->threads, v->other ? orderly_toucher : hostile_toucher, v) != 0) return -1;
   hostile_sleep(v);
   return 0;
 }

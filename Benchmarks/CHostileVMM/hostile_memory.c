@@ -233,3 +233,25 @@ int hostile_begin(struct vmm *v) {
   (void)hostile_is_over(v);
   return status;
 }
+
+void hostile_end(struct vmm *v) {
+  if (v->connection >= 0 && v->reuses) {
+    // The memory is the service's until it has closed, too (docs/handover.md).
+    char rest[512];
+    shutdown(v->connection, SHUT_WR);
+    while (read(v->connection, rest, sizeof rest) > 0) {
+    }
+  }
+  if (v->connection >= 0) close(v->connection);
+  if (v->userfaultfd >= 0) close(v->userfaultfd);
+  if (v->memory_file >= 0) close(v->memory_file);
+  if (v->base && v->reuses) {
+    munmap(v->base, v->length);
+  } else if (v->base) {
+    // A service that has not seen the end yet may still fill a page there: the kernel does not ask
+    // whose userfaultfd memory is registered with (mm/userfaultfd.c, find_dst_vma).
+    mmap(v->base, v->length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  }
+  v->base = NULL;
+  v->connection = v->userfaultfd = v->memory_file = -1;
+}

@@ -11,13 +11,38 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 enum { MOST_OPERATIONS_OF_ROUND = 1500, WORDS = BLOCK / 8 };
 
 /// What has to be in a block. Numbers from `WRITTEN` on are generations of what the guest wrote.
 enum { CONTENT, ZERO, CONTENT_OR_ZERO, FAILED, WRITTEN };
+
+/// What was done to which blocks in this round.
+static struct {
+  char what;
+  uint32_t first, length;
+} history[MOST_OPERATIONS_OF_ROUND];
+static size_t history_length;
+
+static void remember(char what, size_t first, size_t length) {
+  if (history_length == MOST_OPERATIONS_OF_ROUND) return;
+  history[history_length].what = what;
+  history[history_length].first = (uint32_t)first;
+  history[history_length++].length = (uint32_t)length;
+}
+
+/// All that concerned a page, in words for a person.
+static void tell_history(size_t page, size_t blocks_of_page) {
+  fprintf(stderr, "soak: of this page (blocks of it; r read, w written, d DONTNEED, m REMOVE):");
+  for (size_t i = 0; i < history_length; i++) {
+    const size_t first = history[i].first, end = first + history[i].length;
+    const size_t start = page * blocks_of_page;
+    if (end <= start || first >= start + blocks_of_page) continue;
+    fprintf(stderr, " %c%ld+%zu", history[i].what, (long)first - (long)start, end - first);
+  }
+  fprintf(stderr, "\n");
+}
 
 static uint32_t *blocks;
 static uint32_t generation = WRITTEN;
@@ -33,6 +58,8 @@ static uint64_t expected(size_t block, uint32_t value, size_t index) {
 }
 
 static void tell(const struct vmm *v, size_t block, uint32_t value, uint64_t found, size_t index) {
+  if (v->wrong > 20) return;
+  if (v->wrong == 1) tell_history(block / (v->page_size / BLOCK), v->page_size / BLOCK);
   const char *kind = found == 0                           ? "zero"
                      : found == hostile_word(block, index) ? "the image's content"
                                                            : "something else";
@@ -88,6 +115,7 @@ static void write_block(struct vmm *v, size_t block) {
 /// What madvise(2) drops of a range: on huge pages MADV_DONTNEED takes whole ones, and refuses a start
 /// that is not one's (mm/madvise.c, madvise_dontneed_free_valid_vma).
 static void give_back(struct vmm *v, size_t offset, size_t length, int advice) {
+  remember(advice == MADV_REMOVE ? 'm' : 'd', offset / BLOCK, length / BLOCK);
   const int result = madvise(v->base + offset, length, advice);
   const bool is_shared = v->protocol == MINOR;
   if (advice == MADV_REMOVE ? !is_shared : offset % v->page_size != 0) {
@@ -155,6 +183,7 @@ static int soak_once(struct vmm *v, uint64_t operations, uint64_t *state) {
   if (status != 0) return status;
   const size_t count = hostile_blocks(v);
   memset(blocks, 0, count * sizeof *blocks);
+  history_length = 0;
   v->stops = stops_readers = false;
   pthread_t thief;
   if (v->other && pthread_create(&thief, NULL, hostile_thief, v) != 0) return -1;
@@ -169,9 +198,11 @@ static int soak_once(struct vmm *v, uint64_t operations, uint64_t *state) {
       break;
     case 1:
     case 2:
+      remember('w', block, 1);
       write_block(v, block);
       break;
     default:
+      remember('r', block, 1);
       read_block(v, block, hostile_random(state) % WORDS);
       break;
     }
@@ -186,21 +217,7 @@ static int soak_once(struct vmm *v, uint64_t operations, uint64_t *state) {
     pthread_join(thief, NULL);
     hostile_close_pool();
   }
-  // The memory is the service's until it has closed, too (docs/handover.md). A Firecracker has one
-  // session as long as it lives: its addresses are not used again.
-  shutdown(v->connection, SHUT_WR);
-  char rest[512];
-  while (v->protocol == MINOR && read(v->connection, rest, sizeof rest) > 0) {
-  }
-  close(v->connection);
-  close(v->userfaultfd);
-  if (mmap(v->base, v->length, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1,
-           0) == MAP_FAILED) {
-    return -1;
-  }
-  if (v->memory_file >= 0) close(v->memory_file);
-  v->base = NULL;
-  v->connection = v->userfaultfd = v->memory_file = -1;
+  hostile_end(v);
   return 0;
 }
 

@@ -34,10 +34,12 @@ public struct HostileScenario: Sendable, CustomStringConvertible {
   /// What a machine has to have for it.
   public let needs: [Need]
   let surroundings: Surroundings
+  /// Whether the service has to refuse it at the hand-over.
+  public let isRefused: Bool
 
   init(
     _ name: String, _ role: String, _ words: String..., copies: Int = 2, needs: [Need] = [],
-    _ surroundings: Surroundings = .usual
+    isRefused: Bool = false, _ surroundings: Surroundings = .usual
   ) {
     self.name = name
     self.role = role
@@ -45,6 +47,7 @@ public struct HostileScenario: Sendable, CustomStringConvertible {
     self.copies = copies
     self.needs = needs
     self.surroundings = surroundings
+    self.isRefused = isRefused
   }
 
   /// Whether it hands over as Firecracker does.
@@ -66,10 +69,11 @@ public struct HostileScenario: Sendable, CustomStringConvertible {
     Self("swarm-minor", "swarm", "protocol=minor", "threads=300", "piece=4096", "advice=remove"),
     Self("threads", "threads", "protocol=missing", "threads=200"),
     // What a userfaultfd was made for, and how it is read.
-    Self("write-protect", "write-protect", "protocol=missing", "threads=8"),
-    Self("write-protect-minor", "write-protect", "protocol=minor", "threads=8"),
+    Self("write-protect", "write-protect", "protocol=missing", "threads=8", isRefused: true),
+    Self("write-protect-minor", "write-protect", "protocol=minor", "threads=8", isRefused: true),
     Self("write-protect-silently", "write-protect-silently", "protocol=firecracker", "threads=8"),
-    Self("signals", "signals", "protocol=missing"),
+    Self("signals", "signals", "protocol=missing", isRefused: true),
+    Self("signals-firecracker", "signals", "protocol=firecracker"),
     Self("blocking", "blocking", "protocol=firecracker"),
     Self("blocking-minor", "blocking", "protocol=minor", "pause-us=200"),
     // Connections.
@@ -86,8 +90,8 @@ public struct HostileScenario: Sendable, CustomStringConvertible {
     Self("forks", "forks", "protocol=missing", "pause-us=0"),
     Self("children", "children", "protocol=firecracker", "threads=200", copies: 1),
     Self(
-      "forks-at-limit", "forks", "protocol=missing", "other=1", copies: 1, needs: [.root],
-      .descriptors(96)),
+      "few-descriptors", "forks", "protocol=missing", "other=1", copies: 1, needs: [.root],
+      .descriptors(512)),
     Self("dying", "dying", "protocol=firecracker"),
     Self("dying-minor", "dying", "protocol=minor"),
     Self("leaving", "leaving", "protocol=missing", copies: 1),
@@ -97,6 +101,7 @@ public struct HostileScenario: Sendable, CustomStringConvertible {
     Self("replacements", "replacements", "protocol=firecracker"),
     Self("replacements-unseen", "replacements", "protocol=missing", "other=1"),
     Self("splits", "splits", "protocol=missing", "pause-us=0"),
+    Self("splits-in-order", "splits", "protocol=firecracker", "pause-us=0", "other=1"),
     Self("undescribed", "undescribed", "protocol=missing", copies: 1),
     Self(
       "undescribed-huge", "undescribed", "protocol=firecracker", "other=1", copies: 1,
@@ -110,5 +115,6 @@ public struct HostileScenario: Sendable, CustomStringConvertible {
     Self("no-threads", "forks", "protocol=missing", needs: [.root], .noThreads),
     // Locks of the kernel.
     Self("own-file", "own-file", "protocol=minor"),
+    Self("fuse", "fuse", "protocol=missing", "threads=32", needs: [.root]),
   ]
 }

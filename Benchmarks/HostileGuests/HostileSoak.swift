@@ -16,12 +16,14 @@ public struct HostileSoak: Sendable {
     case smallPages = "small"
     /// A file on tmpfs.
     case sharedSmallPages = "small-shared"
+    /// Huge pages, and each memory is where the last one was.
+    case reusedAddresses = "reused"
 
     /// Whether it needs huge pages, and root for a pool of its own.
     public var needs: [HostileScenario.Need] {
       switch self {
       case .unreservedHugePages: [.hugePages, .root]
-      case .sharedHugePages: [.hugePages]
+      case .sharedHugePages, .reusedAddresses: [.hugePages]
       case .smallPages, .sharedSmallPages: []
       }
     }
@@ -31,6 +33,8 @@ public struct HostileSoak: Sendable {
       case .unreservedHugePages:
         ["protocol=firecracker", "page-size=2097152", "pages=8", "other=pool", "pause-us=20000"]
       case .sharedHugePages: ["protocol=minor", "page-size=2097152", "pages=8"]
+      case .reusedAddresses:
+        ["protocol=missing", "page-size=2097152", "pages=8", "reuses=1"]
       case .smallPages: ["protocol=firecracker", "pages=4096"]
       case .sharedSmallPages: ["protocol=minor", "pages=4096"]
       }

@@ -98,10 +98,17 @@ final class ObservedService: Sendable {
       let line = status.split(separator: "\n").first { $0.hasPrefix(name) }
       return line.flatMap { Int($0.filter(\.isNumber)) } ?? 0
     }
-    let descriptors = try? FileManager.default.contentsOfDirectory(atPath: "/proc/\(identifier)/fd")
     return Usage(
-      anonymousKiB: number("RssAnon:"), descriptors: descriptors?.count ?? 0,
-      threads: number("Threads:"))
+      anonymousKiB: number("RssAnon:"), descriptors: openFiles.count, threads: number("Threads:"))
+  }
+
+  /// What its descriptors are, but for the timers that libdispatch opens when it first needs them.
+  var openFiles: [String] {
+    let directory = "/proc/\(identifier)/fd"
+    let numbers = (try? FileManager.default.contentsOfDirectory(atPath: directory)) ?? []
+    return numbers.compactMap { number in
+      try? FileManager.default.destinationOfSymbolicLink(atPath: "\(directory)/\(number)")
+    }.filter { $0 != "anon_inode:[timerfd]" }
   }
 
   /// Seconds of a processor so far.

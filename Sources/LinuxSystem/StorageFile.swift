@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import CLinux
+internal import Glibc
 public import SystemPackage
 
 /// What fstat(2) says about an open file.

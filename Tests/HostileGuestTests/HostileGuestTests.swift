@@ -16,41 +16,13 @@ struct HostileGuestTests {
     return HostileScenario.all.filter { isWanted($0) && (name == nil || $0.name == name) }
   }
 
-  /// What the engine does not hold yet (issue 15), and why.
-  private static let notHeldYet: [String: String] = [
-    "storm": "EAGAIN is tried again inside of a turn",
-    "storm-many": "EAGAIN is tried again inside of a turn",
-    "storm-whole": "EAGAIN is tried again inside of a turn",
-    "storm-pieces": "a piece that is removed of an absent huge page takes all of the page",
-    "swarm": "the queue of faults has less room than events are read: a trap",
-    "swarm-minor": "the queue of faults has less room than events are read: a trap",
-    "blocking": "POLLERR ends the session, whose pages become zeros",
-    "blocking-minor": "POLLERR ends the session, whose pages become zeros",
-    "half-handovers": "lines of log have no limit",
-    "bad-handovers": "lines of log have no limit, and control characters",
-    "bad-handovers-firecracker": "lines of log have no limit",
-    "forks": "forked children have no limit",
-    "children": "forked children have no limit",
-    "undescribed": "lines of log have no limit",
-    "undescribed-huge": "a page of a range that was not described cannot be poisoned in 4 KiB",
-    "pool": "EEXIST is taken for a page",
-    "own-file": "pwrite(2) waits for the lock of the VMM's file",
-    "no-threads": "a session's end without a thread",
-
-  ]
-
-  private func expectNone(_ violations: [String], _ name: String) {
-    func expect() { #expect(violations.isEmpty, "\(violations.joined(separator: "\n"))") }
-    if let reason = Self.notHeldYet[name] {
-      withKnownIssue(Comment(rawValue: reason), isIntermittent: true) { expect() }
-    } else {
-      expect()
-    }
+  private func expectNone(_ violations: [String]) {
+    #expect(violations.isEmpty, "\(violations.joined(separator: "\n"))")
   }
 
   private func play(_ scenario: HostileScenario) throws {
     let round = HostileRound(scenario, seconds: 1, command: builtProduct("faultline"))
-    expectNone(try round.served().violations, scenario.name)
+    expectNone(try round.served().violations)
   }
 
   private func soak(_ memory: HostileSoak.Memory) throws {
@@ -58,7 +30,7 @@ struct HostileGuestTests {
     let soak = HostileSoak(
       memory, operations: operations / HostileSoak.Memory.allCases.count,
       command: builtProduct("faultline"))
-    expectNone(try soak.run().violations, "soak \(memory.rawValue)")
+    expectNone(try soak.run().violations)
   }
 
   @Test(
@@ -85,6 +57,6 @@ struct HostileGuestTests {
   @Test(
     "The same in huge pages, which are given back in parts, and of which there are not always any",
     .enabled(if: hasRoot && hasHugePages, "needs root, and 32 free pages of 2 MiB"),
-    arguments: [HostileSoak.Memory.unreservedHugePages, .sharedHugePages])
+    arguments: [HostileSoak.Memory.unreservedHugePages, .sharedHugePages, .reusedAddresses])
   func soakInHugePages(_ memory: HostileSoak.Memory) throws { try soak(memory) }
 }

@@ -20,7 +20,7 @@ uint64_t hostile_word(size_t block, size_t index);
 ///   socket      of the service; without it the same is done by a plain process that nobody serves
 ///   protocol    firecracker, missing, minor or clone
 ///   control     the operators' socket of the service
-///   pages, page-size, milliseconds, threads, givers, pause-us, piece, advice, seed, operations, other
+///   pages, page-size, milliseconds, threads, givers, pause-us, piece, advice, seed, operations, reuses, other
 int hostile_main(int count, char *const *words);
 
 /// A hugetlbfs of 2 MiB pages with a limit in bytes, mounted nowhere (fsmount(2)). Returns its root,
