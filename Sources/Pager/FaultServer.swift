@@ -37,8 +37,10 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   var hasFaults: Bool { queue.count > 0 }
   /// Whether there is something to fill ahead of the guest.
   var hasAhead: Bool { !ahead.pages.isEmpty }
-  /// Whether an event waits that cannot be taken yet, and faults behind it.
-  var isHeldUp: Bool { forks.isHeldUp }
+  /// Whether an event waits that cannot be taken yet, and faults behind it; or a fault for which there
+  /// is no thread. Both are tried again a moment later.
+  var isHeldUp: Bool { forks.isHeldUp || lacksThread }
+  private var lacksThread = false
 
   /// Resolves what was read, until nothing is left, or the turn is over.
   ///
@@ -48,7 +50,8 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
     _ events: inout EventBuffer, _ bench: borrowing Workbench, until end: UInt64 = .max
   ) {
     var fruitless = 0
-    while !session.isStopping, let entry = queue.popFirst() {
+    lacksThread = false
+    while !session.isStopping, !lacksThread, let entry = queue.popFirst() {
       switch resolve(entry, bench) {
       case .ended: return
       case .retry:
@@ -88,7 +91,11 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
     case .resolved:
       slot.counters.serviceTime.record(MonotonicClock.nanoseconds &- entry.received)
     case .deferred:
-      session.lane.take(job, of: session)
+      guard session.lane.take(job, of: session) else {
+        // Who waits faults again, and the session is read again a moment later.
+        lacksThread = true
+        break
+      }
       slot.counters.deferredFaults.add()
     case .doubtful:
       guard doubts.isRepeated(address, at: entry.received) else {
@@ -96,7 +103,7 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
         break
       }
       job.isClaimed = false
-      session.lane.take(job, of: session)
+      if !session.lane.take(job, of: session) { wake(entry) }
       slot.counters.deferredFaults.add()
     case .foreign: return session.refuse(entry.fault, slot.counters)
     case .retry, .ended: break

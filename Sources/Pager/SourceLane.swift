@@ -81,7 +81,10 @@ final class SourceLane<Source: PageSource>: Sendable {
   // MARK: - Taking and ending
 
   /// Has a claimed page read. Called by fault threads; waits for nothing but the lock.
-  func take(_ job: Job, of session: PagerSession<Source>) {
+  ///
+  /// - Returns: `false` where no thread can be had for it, such as in a pids cgroup that is full.
+  ///   Where there is none at all the page was given back, and who waits for it was woken.
+  func take(_ job: Job, of session: PagerSession<Source>) -> Bool {
     let (thread, watches) = state.withLock { state -> (Int?, Bool) in
       guard !state.isStopping else { return (nil, false) }
       state.queue.append(job)
@@ -93,15 +96,15 @@ final class SourceLane<Source: PageSource>: Sendable {
       return (free, !state.isWatched)
     }
     if watches { startWatch(session) }
-    guard let thread else { return }
+    guard let thread else { return true }
     do throws(Errno) {
       let bench = try SendableBench(length: session.benchLength)
       // The handle is let go of: `stop` waits for the state, not for the thread.
       _ = try NamedThread(name: "source\(thread)") {
         self.run(thread, bench.buffer, session)
       }
+      return true
     } catch {
-      // Tried again with the next page; this one is given back, and faults anew.
       let orphans = state.withLock { state -> [Job] in
         state.isRunning[thread] = false
         guard state.liveCount == 0 else { return [] }
@@ -109,6 +112,7 @@ final class SourceLane<Source: PageSource>: Sendable {
         return state.queue
       }
       for job in orphans { giveBack(job, session) }
+      return false
     }
   }
 
