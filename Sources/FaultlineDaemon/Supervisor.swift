@@ -26,6 +26,7 @@ final class Supervisor: Sendable {
   let hasCutShort = Atomic<Bool>(false)
   /// Sessions that cannot let go of memory before its process has ended.
   private let parked = Mutex<[(session: GuestSession, reason: String)]>([])
+  private let isAsking = Atomic<Bool>(false)
   private let thread = Mutex<JoinedThread?>(nil)
   private let log: Logger
   private static var wakeTag: UInt64 { 0 }
@@ -36,7 +37,8 @@ final class Supervisor: Sendable {
     poller = try Poller()
     wakeSign = try EventDescriptor()
     try poller.add(wakeSign.descriptor.rawValue, tag: Self.wakeTag)
-    ends = try Workers("end", reserve: 2, limit: 64)
+    // A VMM can hold its end up for as long as it likes: no limit, so that it is its own thread only.
+    ends = try Workers("end", reserve: 2)
     detaches = try Workers("detach", reserve: 1)
   }
 
@@ -97,17 +99,19 @@ final class Supervisor: Sendable {
     wakeSign.signal()
   }
 
+  /// Ends those whose process has ended. The question after that may take as long as a VMM likes,
+  /// so one thread at a time asks, and not this one.
   private func endParked() {
-    let ended = parked.withLock { parked in
-      let index = parked.partition { !$0.session.pager.hasGuestMemory }
-      defer { parked.removeSubrange(index...) }
-      return Array(parked[index...])
-    }
-    for (session, reason) in ended {
-      ends.run { [self] in
+    guard !parked.withLock({ $0.isEmpty }),
+      !isAsking.exchange(true, ordering: .acquiringAndReleasing)
+    else { return }
+    ends.run { [self] in
+      for (session, reason) in parked.withLock({ $0 }) where !session.pager.hasGuestMemory {
+        parked.withLock { $0.removeAll { $0.session === session } }
         session.pager.release()
         remove(session, reason)
       }
+      isAsking.store(false, ordering: .releasing)
     }
   }
 

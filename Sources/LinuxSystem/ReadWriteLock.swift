@@ -73,6 +73,21 @@ public struct ReadWriteLock: ~Copyable, @unchecked Sendable {
     unsafe pthread_rwlock_unlock(lock)
   }
 
+  /// Runs `body` alone, if that can be had in time; `nil` where it cannot.
+  ///
+  /// - Parameter patience: nanoseconds.
+  public borrowing func write<Value, Failure: Error>(
+    patience: UInt64, _ body: () throws(Failure) -> Value
+  ) throws(Failure) -> Value? {
+    let deadline = MonotonicClock.nanoseconds &+ patience
+    while unsafe pthread_rwlock_trywrlock(lock) != 0 {
+      guard MonotonicClock.nanoseconds < deadline else { return nil }
+      sched_yield()
+    }
+    defer { unsafe pthread_rwlock_unlock(lock) }
+    return try body()
+  }
+
   /// Runs `body` alone, if that can be had at once; `nil` where it cannot.
   public borrowing func tryWrite<Value, Failure: Error>(
     _ body: () throws(Failure) -> Value

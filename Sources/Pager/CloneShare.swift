@@ -216,7 +216,13 @@ extension PagerSession {
       }
       guard count > 0 else { return 0 }
       let resolution = memory.continue(region.range(of: pages.lowerBound, count: count))
-      let done = resolution.bytesDone / region.pageSize.bytes
+      var done = resolution.bytesDone / region.pageSize.bytes
+      if done == 0, resolution.obstacle == .alreadyPresent {
+        // It is mapped: this was one of several faults that were raised at the same time.
+        memory.wake(region.range(of: pages.lowerBound))
+        counters.alreadyPresent.add()
+        done = 1
+      }
       let mapped = pages.lowerBound..<pages.lowerBound + done
       share.note(mapped)
       region.states.take(.fill, mapped)

@@ -38,9 +38,10 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   /// Whether there is something to fill ahead of the guest.
   var hasAhead: Bool { !ahead.pages.isEmpty }
   /// Whether an event waits that cannot be taken yet, and faults behind it; or a fault for which there
-  /// is no thread. Both are tried again a moment later.
-  var isHeldUp: Bool { forks.isHeldUp || lacksThread }
+  /// is no thread; or a thread keeps the gate. They are tried again a moment later.
+  var isHeldUp: Bool { forks.isHeldUp || lacksThread || lacksGate }
   private var lacksThread = false
+  private var lacksGate = false
 
   /// Resolves what was read, until nothing is left, or the turn is over.
   ///
@@ -63,13 +64,16 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
           guard end == .max else { return }
           Pause.microseconds(50)
         }
-        readEvents(&events)
+        readEvents(&events, patience: end == .max ? .max : Self.gatePatience)
         if isHeldUp { return }
       default: fruitless = 0
       }
       guard end == .max || MonotonicClock.nanoseconds < end else { return }
     }
   }
+
+  /// How long a shared thread waits for the gate: 2 ms. Others have it for one call of the kernel.
+  static var gatePatience: UInt64 { 2_000_000 }
 
   /// Attempts in a row that events stood before, of which each takes 100 µs.
   private static var fruitlessLimit: Int { 4 }
@@ -111,6 +115,11 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
     return outcome
   }
 
+  /// Has those whose faults wait here fault again.
+  mutating func wakeAll() {
+    while let entry = queue.popFirst() { wake(entry) }
+  }
+
   /// Has whoever waits for a page look again.
   private func wake(_ entry: FaultQueue.Entry) {
     let size =
@@ -149,11 +158,14 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
   }
 
   /// Fills a piece ahead of the guest, if there is something to fill; faults go first.
-  mutating func fillAhead(_ events: inout EventBuffer, _ bench: borrowing Workbench) {
+  mutating func fillAhead(
+    _ events: inout EventBuffer, _ bench: borrowing Workbench, until end: UInt64 = .max
+  ) {
     guard hasAhead else { return }
-    readEvents(&events)
+    readEvents(&events, patience: end == .max ? .max : Self.gatePatience)
+    guard !isHeldUp else { return }
     guard queue.count == 0 else {
-      serve(&events, bench)
+      serve(&events, bench, until: end)
       return
     }
     let reached = session.fillAhead(
@@ -163,22 +175,32 @@ struct FaultServer<Source: PageSource>: ~Copyable, @unchecked Sendable {
 
   /// Reads one batch. Events other than faults take effect before the gate opens, so
   /// whoever resolves a fault that was read later sees them.
-  mutating func readEvents(_ events: inout EventBuffer) {
+  ///
+  /// - Parameter patience: how long a thread that holds the gate is waited for, in nanoseconds: it
+  ///   may be in the kernel with it for as long as the guest likes. Then nothing is read, and the
+  ///   session is held up.
+  mutating func readEvents(_ events: inout EventBuffer, patience: UInt64 = .max) {
     // Events go first where faults pile up that wait for them; woken, a thread faults again.
     while queue.room < Self.eventRoom, let oldest = queue.popFirst() { wake(oldest) }
     guard forks.mayRead(children) else { return }
     let session = session
-    let now = session.gate.write {
+    func read(_ server: inout Self, _ events: inout EventBuffer) -> UInt64 {
       do throws(Errno) {
-        try forks.read(&events, session.memory.userfaultfd, children)
+        try server.forks.read(&events, session.memory.userfaultfd, server.children)
       } catch {
         session.end(.failed(error))
       }
       let now = MonotonicClock.nanoseconds
-      while let event = events.pop() { take(event, at: now, of: session) }
+      while let event = events.pop() { server.take(event, at: now, of: session) }
       return now
     }
-    received = now
+    guard patience < .max else {
+      received = session.gate.write { read(&self, &events) }
+      return
+    }
+    let now = session.gate.write(patience: patience) { read(&self, &events) }
+    lacksGate = now == nil
+    received = now ?? MonotonicClock.nanoseconds
   }
 
   /// The caller holds the gate alone.

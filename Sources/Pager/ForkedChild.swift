@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 internal import LinuxSystem
+internal import Synchronization
 internal import SystemPackage
 internal import Userfault
 
@@ -98,6 +99,25 @@ final class ForkedChild {
 
   // MARK: - Sealing
 
+  /// Seals all of it, where nobody answers its faults: 5 s at most. One that cannot be sealed is kept
+  /// as long as this process lives, so that what it touches waits and is not zero.
+  func sealWhole() {
+    let deadline = MonotonicClock.nanoseconds &+ 5_000_000_000
+    var events = EventBuffer()
+    while MonotonicClock.nanoseconds < deadline {
+      switch seal() {
+      case .done: return
+      case .goesOn: continue
+      case .impossible: return keptMemory.withLock { $0.append(memory) }
+      case .waits:
+        // A child of its own is not sealed but kept: what it touches waits.
+        _ = answer(&events) { child, _ in _ = child.release() }
+        Pause.microseconds(1000)
+      }
+    }
+    keptMemory.withLock { $0.append(memory) }
+  }
+
   /// Makes a touch of the next pages that are absent a memory error.
   func seal() -> Step {
     let step = sealPiece()
@@ -141,3 +161,6 @@ final class ForkedChild {
   private static var stepLength: Int { 2 << 20 }
   private static var attemptLimit: Int { 1000 }
 }
+
+/// Of children that could not be sealed.
+private let keptMemory = Mutex<[WatchedMemory]>([])

@@ -14,6 +14,8 @@ final class ForkedChildren: Sendable {
   private struct State {
     /// Children that the thread has not seen yet, and where their memory lies.
     var incoming: [WatchedMemory] = []
+    /// Children that cannot be let go of.
+    var unsealable = 0
     var isFinishing = false
     var hasEnded = false
   }
@@ -50,7 +52,9 @@ final class ForkedChildren: Sendable {
   }
 
   /// Whether a child more may come.
-  var hasRoom: Bool { state.withLock { $0.incoming.count <= Self.queueLimit } }
+  var hasRoom: Bool {
+    state.withLock { $0.incoming.count <= Self.queueLimit && $0.unsealable < Self.limit }
+  }
 
   /// Makes room for one descriptor; `false` where there is none in reserve. The thread has one in
   /// reserve again as soon as it can.
@@ -95,6 +99,10 @@ final class ForkedChildren: Sendable {
         children.append(watch(ForkedChild(lastNumber, memory, regions: regions)))
       }
       guard !isFinishing || !children.isEmpty else { return }
+      let unsealable = children.count { $0.isUnsealable }
+      if unsealable != state.withLock({ $0.unsealable }) {
+        state.withLock { $0.unsealable = unsealable }
+      }
       let excess = isFinishing ? children.count : children.count - Self.limit
       // One that is let go of makes room for the descriptor that is missing.
       for child in children.filter({ !$0.isUnsealable }).prefix(max(excess, isShort ? 1 : 0)) {

@@ -187,7 +187,8 @@ public final class PagedRegion: Sendable {
   private func remove(
     _ range: HostRange, ofPage page: Int, _ holes: BlockHoles, _ whole: Range<Int>
   ) {
-    guard !whole.contains(page), !states.load(page).isSettled else { return }
+    let state = states.load(page)
+    guard !whole.contains(page), !state.isSettled || state == .withheld else { return }
     let start = host.start.advanced(by: page * pageSize.bytes)
     let blocks = start.distance(to: range.start) / 4096..<start.distance(to: range.end) / 4096
     if holes.add(blocks, ofPage: page) { states.take(.remove, page) }

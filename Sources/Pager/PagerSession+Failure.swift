@@ -20,7 +20,7 @@ extension PagerSession {
       return .ended
     }
     let range = region.range(of: page)
-    let finding: Finding? = gate.read(patience: Self.gatePatience) { _ in
+    let finding: Finding? = withGate {
       guard region.states.load(page) == expected, !wasReleased else {
         return nil
       }
@@ -96,7 +96,7 @@ extension PagerSession {
     let (finding, page) = gate.read { poisonUnknown(fault.address) }
     switch finding {
     case .changing: return .retry
-    case .unregistered, .there:
+    case .unregistered, .there, .shortage:
       // What is not registered any more was moved or unmapped since: whoever waits looks again.
       try? memory.userfaultfd.wake(page)
       return .resolved

@@ -54,7 +54,8 @@ extension PagerSession {
       case .impossible(let errno):
         return fail(page, region, counters, expecting: expected, reason: "\(errno)")
       case .shortage(let errno):
-        if isShortForTooLong {
+        // Of a page that was there before it proves nothing at all, mostly it is there.
+        if expected == .filling, isShortForTooLong {
           return fail(
             page, region, counters, expecting: expected,
             reason: Finding.reason(errno, region.pageSize))
@@ -75,8 +76,18 @@ extension PagerSession {
   /// Whether pages could not be had for want of memory for as long as a page may take.
   private var isShortForTooLong: Bool {
     let now = MonotonicClock.nanoseconds
+    let last = shortLast.exchange(now, ordering: .relaxed)
+    // One that ended, and was not seen to end because no page was wanted.
+    if now &- last > Self.shortageMemory { shortSince.store(now, ordering: .relaxed) }
     let (_, since) = shortSince.compareExchange(expected: 0, desired: now, ordering: .relaxed)
     return since != 0 && now > since && now - since > sourceTimeout
+  }
+
+  private static var shortageMemory: UInt64 { 1_000_000_000 }
+
+  /// Notes that pages could be had.
+  func noteRoom() {
+    if shortSince.load(ordering: .relaxed) != 0 { shortSince.store(0, ordering: .relaxed) }
   }
 
   /// Whether a thread that waits for memory is to go on with that.
@@ -108,7 +119,7 @@ extension PagerSession {
     case .done:
       count(call, fill, counters)
       settle(page, region, current)
-      if shortSince.load(ordering: .relaxed) != 0 { shortSince.store(0, ordering: .relaxed) }
+      noteRoom()
     case .there:
       counters.alreadyPresent.add()
       memory.wake(range)

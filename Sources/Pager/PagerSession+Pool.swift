@@ -71,13 +71,17 @@ extension FaultServer {
   ///
   /// - Returns: what is to be done with the session after it.
   mutating func turn(_ events: inout EventBuffer, _ bench: borrowing Workbench) -> PooledTurn {
-    readEvents(&events)
+    readEvents(&events, patience: Self.gatePatience)
+    let end = received &+ Self.turnLength
     if hasFaults {
-      serve(&events, bench, until: received &+ Self.turnLength)
+      serve(&events, bench, until: end)
     } else if hasAhead {
-      fillAhead(&events, bench)
+      fillAhead(&events, bench, until: end)
     }
-    return isHeldUp ? .later : hasFaults || hasAhead ? .hasMore : .waits
+    guard isHeldUp else { return hasFaults || hasAhead ? .hasMore : .waits }
+    // The session is reported again for what there is to read, and not for what was read already.
+    wakeAll()
+    return .later
   }
 }
 
@@ -88,6 +92,11 @@ extension PagerSession {
   /// Otherwise as `start`. The pool must not end before the session is stopped, which takes it out of
   /// the pool. Throws `resources` when the pool has no room.
   public func start(in pool: PagerPool) throws(PagerError) {
+    restart.withLock {
+      $0 = { [weak pool] (session) throws(PagerError) in
+        if let pool { try session.start(in: pool) } else { try session.start() }
+      }
+    }
     try begin(spare: pool.spare) { () throws(PagerError) in
       let guest = PooledSession(self)
       let place = try pool.watch.add(guest)

@@ -48,7 +48,11 @@ extension PagerSession {
     stop()
     // Nobody serves, and no page is claimed any more but by threads that are stuck. What was given
     // back since is sealed now.
-    guard isFilled && !hasWithheld || canSeal && sealUnserved() else { return .impossible }
+    guard isFilled && !hasWithheld || canSeal && sealUnserved() else {
+      // It is served as before: whoever faults would wait for ever.
+      if let restart = restart.withLock({ $0 }) { try? restart(self) }
+      return .impossible
+    }
     let missing = regions.reduce(0) { $0 + $1.states.count(of: .poisoned) }
     unregister()
     return missing == 0 || !hasGuestMemory ? .complete : .missing(pages: missing)
@@ -108,7 +112,16 @@ extension PagerSession {
     // Whoever looked before that is done with the page once the gate was had.
     gate.passThrough(patience: Self.gatePatience)
     // ENOENT, EINVAL: the mapping or its process is gone, and with it the waiters.
-    for region in regions { memory.unregister(region.host) }
+    // What is unmapped may be another session's: not every kernel asks whose userfaultfd it is.
+    for region in regions {
+      var page = 0
+      while page < region.pageCount {
+        let end = region.states.first(.unmapped, in: page..<region.pageCount) ?? region.pageCount
+        if end > page { memory.unregister(region.range(of: page, count: end - page)) }
+        page = end
+        while page < region.pageCount, region.states.load(page) == .unmapped { page += 1 }
+      }
+    }
     dropEvents()
   }
 
@@ -127,6 +140,7 @@ extension PagerSession {
       while let event = events.pop() {
         switch consume event {
         case .pageFault(let fault): _ = refuse(fault, slot.counters)
+        case .fork(let child): for child in lateChild(child) { child.sealWhole() }
         default: break
         }
       }

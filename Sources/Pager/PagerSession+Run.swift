@@ -112,6 +112,7 @@ extension PagerSession {
       }
       let done = resolution.bytesDone / region.pageSize.bytes
       region.states.take(.fill, first..<(first + done))
+      if done > 0 { noteRoom() }
       switch call {
       case .zeropage: counters.zeroPages.add(UInt64(done))
       case .continue: counters.continuedPages.add(UInt64(done))

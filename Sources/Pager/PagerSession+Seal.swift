@@ -2,6 +2,7 @@
 
 internal import GuestMemory
 internal import LinuxSystem
+internal import Synchronization
 internal import SystemPackage
 internal import Userfault
 
@@ -10,6 +11,15 @@ extension PagerSession {
   /// How long what has to come to an end waits for a thread that holds the gate, in nanoseconds. A
   /// guest can keep a thread in the kernel: what is then told too much is an error, never content.
   static var gatePatience: UInt64 { 1_000_000_000 }
+
+  /// Runs a body with the gate, or without it once a thread turned out not to give it back.
+  func withGate<Value>(_ body: () -> Value) -> Value {
+    let isLost = gateIsLost.load(ordering: .relaxed)
+    return gate.read(patience: isLost ? 0 : Self.gatePatience) { isHeld in
+      if !isHeld { gateIsLost.store(true, ordering: .relaxed) }
+      return body()
+    }
+  }
 
   /// Makes a touch of each page without content a memory error (UFFDIO_POISON), so that none of
   /// them turns into zeros when the session lets go of memory that is in use. What the guest gave
@@ -64,10 +74,9 @@ extension PagerSession {
     var attempts = 0
     var events = EventBuffer()
     while first < pages.upperBound {
-      let (finding, done) = gate.read(patience: Self.gatePatience) { _ in
-        poison(first..<pages.upperBound, region)
-      }
+      let (finding, done) = withGate { poison(first..<pages.upperBound, region) }
       first += done
+      if done > 0 { attempts = 0 }
       switch finding {
       // One that an event settled meanwhile is passed over.
       case nil: first += 1
@@ -77,10 +86,14 @@ extension PagerSession {
         first += 1
       case .noGuest: return true
       case .changing where done > 0: break
-      case .changing where attempts < 10_000, .shortage where attempts < 100:
+      case .changing where attempts < 10_000:
         attempts += 1
-        if isStopping { dropOne(&events) }
-        Pause.microseconds(100)
+        // Each event that is read lets the next one begin: it is tried for a while before.
+        if isStopping, attempts % 8 == 0 { dropOne(&events) }
+        Pause.microseconds(20)
+      case .shortage where attempts < 250:
+        attempts += 1
+        Pause.microseconds(Self.shortagePace)
       default:
         giveBack(region, first..<pages.upperBound)
         return false
@@ -111,6 +124,7 @@ extension PagerSession {
 
   /// Reads what stands before a resolution when nobody serves.
   private func dropOne(_ events: inout EventBuffer) {
+    var children: [ForkedChild] = []
     _ = gate.tryWrite {
       guard (try? events.read(from: memory.userfaultfd)) != nil else { return }
       while let event = events.pop() {
@@ -118,11 +132,22 @@ extension PagerSession {
         case .remove(let range): remove(range)
         case .unmap(let range): unmap(range)
         case .remap(let from, let to, let length): move(from: from, to: to, length: length)
+        case .fork(let child): children += lateChild(child)
         // It waits until its range is unregistered.
         default: break
         }
       }
     }
+    for child in children { child.sealWhole() }
+  }
+
+  /// A child whose fork was read after the session had stopped.
+  func lateChild(_ descriptor: consuming OwnedDescriptor) -> [ForkedChild] {
+    guard
+      let userfaultfd = try? Userfaultfd(
+        adopting: descriptor, features: memory.userfaultfd.features)
+    else { return [] }
+    return [ForkedChild(0, WatchedMemory(userfaultfd, like: memory), regions: regions)]
   }
 
   /// Has clones go on without the session. A page that nobody watches and that is not mapped is
@@ -149,10 +174,7 @@ extension PagerSession {
   private func putZeros(_ region: PagedRegion, _ bench: borrowing Workbench) -> Bool {
     var (page, attempts) = (0, 0)
     // Under the gate: an event that was read is in the states.
-    while let removed = gate.read(
-      patience: Self.gatePatience,
-      { _ in region.states.first(.removed, in: page..<region.pageCount) })
-    {
+    while let removed = withGate({ region.states.first(.removed, in: page..<region.pageCount) }) {
       page = removed
       let (finding, count) = putZeros(from: removed, region, bench, isFirst: attempts == 0)
       page += count
@@ -182,7 +204,7 @@ extension PagerSession {
   private func putZeros(
     from first: Int, _ region: PagedRegion, _ bench: borrowing Workbench, isFirst: Bool
   ) -> (Finding, Int) {
-    gate.read(patience: Self.gatePatience) { _ in
+    withGate {
       guard region.pageSize != .size4KiB else {
         var count = 1
         while count < Self.sealedAtOnce, first + count < region.pageCount,

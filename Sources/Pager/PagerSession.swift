@@ -36,6 +36,12 @@ public final class PagerSession<Source: PageSource>: Sendable {
   let background = BackgroundFill()
   /// Since when pages cannot be had for want of memory; 0 when the last one was had.
   let shortSince = Atomic<UInt64>(0)
+  /// Whether a thread is stuck that holds the gate; see `withGate`.
+  let gateIsLost = Atomic<Bool>(false)
+  /// Serves the session again, as it was the last time.
+  let restart = Mutex<(@Sendable (PagerSession) throws(PagerError) -> Void)?>(nil)
+  /// When the last one could not be had.
+  let shortLast = Atomic<UInt64>(0)
   /// Whether the memory was let go of. A thread that comes back from a source after that touches
   /// nothing any more: the kernel asks whether memory is registered, and not with whose
   /// userfaultfd, so it would fill what lies at that address by then. Read with the gate held.
@@ -166,6 +172,7 @@ public final class PagerSession<Source: PageSource>: Sendable {
   /// Starts the fault threads, and one that calls `onFailure` and the like (`report`). Waiters that
   /// an earlier handler left behind are woken and fault again.
   public func start() throws(PagerError) {
+    restart.withLock { $0 = { (session) throws(PagerError) in try session.start() } }
     try begin { () throws(PagerError) in
       var threads: [ThreadBox] = []
       do throws(Errno) {

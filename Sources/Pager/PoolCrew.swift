@@ -127,9 +127,14 @@ final class PoolCrew: Sendable {
       guard let turn = member.worker.turn(longerThan: limit, at: now) else { continue }
       guard !isChecker(member) else {
         // Whoever serves the session would be stuck as well.
-        guard member.worker.condemn(turn) else { continue }
+        // Apart first: the checker has a session that is not apart served by others when it returns.
+        let name = watch.setApart(turn.place)
+        guard member.worker.condemn(turn) else {
+          watch.rejoin(turn.place)
+          continue
+        }
         state.withLock { $0.checker = nil }
-        report(member.worker.threadID, watch.setApart(turn.place) ?? "that has left")
+        report(member.worker.threadID, name ?? "that has left")
         continue
       }
       // Without one in its place nobody would serve the others.

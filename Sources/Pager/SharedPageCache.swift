@@ -169,12 +169,18 @@ public final class SharedPageCache: Sendable {
   /// Takes pages out that no clone has, in turns over all pages; how many bytes. One thread at a
   /// time: the budget's.
   func evict(bytes: Int) -> Int {
-    guard !isRetired.load(ordering: .acquiring) else { return 0 }
+    // On hugetlbfs a hole takes away what clones have of their own at that place, too (fs/hugetlbfs/
+    // inode.c, hugetlb_vmdelete_list unmaps private pages as well).
+    guard pageSize == .size4KiB, !isRetired.load(ordering: .acquiring) else { return 0 }
     // A page that is given back from here on is for the next search.
     guard mayHaveIdle.exchange(false, ordering: .acquiringAndReleasing) else { return 0 }
     var freed = 0
+    // A fault thread looks, and others wait for it meanwhile: where nothing is found soon, the page
+    // goes to the one clone.
+    var looked = 0
     for _ in 0..<pageCount {
-      guard freed < bytes else {
+      looked += 1
+      guard freed < bytes, looked <= Self.searchLimit else {
         mayHaveIdle.store(true, ordering: .releasing)
         break
       }
@@ -183,6 +189,8 @@ public final class SharedPageCache: Sendable {
     }
     return freed
   }
+
+  private static var searchLimit: Int { 32_768 }
 
   /// Takes a page out that no clone has.
   private func evict(_ page: Int) -> Bool {

@@ -132,7 +132,7 @@ final class SourceLane<Source: PageSource>: Sendable {
       for job in state.withLock({ $0.abandonAll() }) { giveBack(job, session) }
     }
     // It looks at once when nothing lives any more.
-    state.wait { $0.isWatched ? nil : () }
+    let _: Void? = state.wait(until: deadline &+ Self.stopPatience) { $0.isWatched ? nil : () }
     state.withLock { $0.isStopping = false }
   }
 

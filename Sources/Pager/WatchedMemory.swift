@@ -139,7 +139,7 @@ final class WatchedMemory: Sendable {
   }
 
   /// Pieces into which the memory may be cut. Each fault looks through them.
-  static var pieceLimit: Int { 4096 }
+  static var pieceLimit: Int { 512 }
 
   /// Notes that what is at `from` now has been moved.
   ///

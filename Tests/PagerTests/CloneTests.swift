@@ -23,7 +23,7 @@ struct CloneTests {
 
     init(
       _ cache: SharedPageCache, source: PatternSource = PatternSource(),
-      faultAround: FaultAround = .adaptive, pool: PagerPool? = nil
+      faultAround: FaultAround = .adaptive, pool: PagerPool? = nil, starts: Bool = true
     ) throws {
       let mapping = try cache.makeMapping()
       region = try PagedRegion(cloneOf: cache, host: mapping.range)
@@ -33,6 +33,7 @@ struct CloneTests {
         userfaultfd: try Userfaultfd(wanting: PagerSession<PatternSource>.features.wanted),
         regions: [region], source: source, options: options)
       self.mapping = mapping
+      guard starts else { return }
       if let pool { try session.start(in: pool) } else { try session.start() }
     }
 
@@ -55,6 +56,41 @@ struct CloneTests {
   }
 
   private func hasPages(_ size: PageSize) -> Bool { size == .size4KiB || Host.hasHugePages(24) }
+
+  @Test(
+    "What a clone wrote into a page of its own is never taken away to make room",
+    .enabled(if: Host.hasHugePages(24), "needs 24 free pages of 2 MiB"))
+  func ownHugePage() throws {
+    let cache = try self.cache(.size2MiB, limit: 2 << 20)
+    let (first, second) = (try Clone(cache), try Clone(cache))
+    #expect(first.wrong(0..<1).isEmpty)
+    // Given back, and then a page of its own.
+    try first.mapping.advise(.dontNeed, offset: 0, length: 2 << 20)
+    store(0x1111, first.range, offset: 4096)
+    // The other one wants room for the second page, and nobody has the first one any more.
+    #expect(second.wrong(512..<1024).isEmpty)
+    #expect(second.wrong(0..<512).isEmpty)
+    #expect(load(first.range, offset: 4096) == 0x1111)
+    #expect(load(first.range, offset: 0) == 0)
+  }
+
+  @Test(
+    "Several faults on one huge page at the same time hold up nobody",
+    .enabled(if: Host.hasHugePages(24), "needs 24 free pages of 2 MiB"))
+  func simultaneousFaults() throws {
+    let cache = try self.cache(.size2MiB)
+    let clone = try Clone(cache, starts: false)
+    let range = clone.range
+    let touches = try (0..<8).map { number in
+      try ThreadHandle.start { _ = load(range, offset: (number % 2) << 21) }
+    }
+    Delay.microseconds(50_000)
+    try clone.session.start()
+    for touch in touches { touch.join() }
+    #expect(Delay.until { clone.session.pendingReads == 0 })
+    #expect(clone.session.statistics.shortages == 0)
+    #expect(clone.wrong(0..<1024).isEmpty)
+  }
 
   @Test(
     "All clones have the right content, and the source is read once", arguments: sizes,

@@ -119,7 +119,7 @@ private struct Forking {
     _ body: (Forking) throws -> Void
   ) throws {
     // A child that nobody takes would have its parent wait for ever.
-    alarm(120)
+    alarm(900)
     let guest = try GuestProcess(pages: 64, threads: 1, forks: forks)
     let session = try guest.session(PatternSource())
     let pool = isPooled ? try PagerPool(threads: 1) : nil

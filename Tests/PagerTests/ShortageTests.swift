@@ -154,4 +154,25 @@ struct ShortageTests {
     #expect(subject.session.isFilled)
     #expect((0..<4).allSatisfy { subject.value(ofPage: $0) == Subject.right($0) })
   }
+
+  @Test("A short shortage long after several faults on one page harms nobody")
+  func afterIdling() throws {
+    let subject = try Subject(pages: 2, .private, timeout: 1_500_000_000)
+    try subject.pool.free()
+    // Their second faults find the page there, to which hugetlbfs says the same as to a shortage.
+    try inThreads(4) { _ in _ = subject.value(ofPage: 0) }
+    Delay.microseconds(2_000_000)
+    try subject.pool.hold()
+    let found = Mutex<GuardedValue?>(nil)
+    let toucher = try ThreadHandle.start {
+      let value = subject.value(ofPage: 1)
+      found.withLock { $0 = value }
+    }
+    #expect(Delay.until { subject.session.statistics.faults > 1 })
+    Delay.microseconds(100_000)
+    try subject.pool.free()
+    toucher.join()
+    #expect(found.withLock { $0 } == Subject.right(1))
+    #expect(subject.session.statistics.failedPages == 0)
+  }
 }

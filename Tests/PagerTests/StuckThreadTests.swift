@@ -18,7 +18,7 @@ struct StuckThreadTests {
   @Test("Others are served while one thread is stuck, then all that there were at first")
   func stuck() async {
     await #expect(processExitsWith: .success) {
-      alarm(120)
+      alarm(900)
       let told = Mutex<[StuckThread]>([])
       let pool = try PagerPool(threads: 2, patience: 300_000_000) { stuck in
         told.withLock { $0.append(stuck) }
@@ -72,7 +72,7 @@ struct StuckThreadTests {
   @Test("Threads that are taken for stuck and are not lose nothing")
   func mistaken() async {
     await #expect(processExitsWith: .success) {
-      alarm(120)
+      alarm(900)
       func cycle() throws {
         let told = Atomic<Int>(0)
         let pool = try PagerPool(threads: 2, stuckAfter: 1) { _ in
