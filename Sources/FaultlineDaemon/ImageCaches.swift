@@ -47,11 +47,14 @@ final class ImageCaches: Sendable {
     var isRetired = false
   }
 
-  let budget: CacheBudget?
+  let budget: CacheBudget
   private let entries = Mutex<[Entry]>([])
 
-  /// - Parameter limit: bytes of all caches; `nil` for no limit.
-  init(limit: Int?) { budget = limit.map { CacheBudget(limit: $0) } }
+  /// - Parameter limit: bytes of all caches, which are kept for later clones within that; `nil`: half of
+  ///   the memory that there is, and no cache is kept longer than its clones.
+  init(limit: Int?) {
+    budget = CacheBudget(limit: limit ?? MemoryLimit.bytes / 2, evicts: limit != nil)
+  }
 
   /// The cache of an image; it lives as long as somebody has it, or longer with a limit.
   func cache(
@@ -64,7 +67,7 @@ final class ImageCaches: Sendable {
       if let cache = found?.cache { return cache }
       Self.prune(&entries)
       let cache = try ImageCache(image, pageSize: pageSize, owner: self)
-      entries.append(Entry(key: key, cache: cache, kept: budget == nil ? nil : cache))
+      entries.append(Entry(key: key, cache: cache, kept: budget.evicts ? cache : nil))
       return cache
     }
   }

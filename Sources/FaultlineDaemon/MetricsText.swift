@@ -65,12 +65,10 @@ struct MetricsText {
     gauge("faultline_clones", "Sessions of clones.", clones)
     gauge("faultline_caches", "Images whose clean pages are kept for clones.", usage.count)
     gauge("faultline_cache_bytes", "Clean pages that are kept for clones.", usage.bytes)
-    if let limit = caches.budget?.limit {
-      gauge("faultline_cache_limit_bytes", "How many they may be.", limit)
-    }
+    gauge("faultline_cache_limit_bytes", "How many they may be.", caches.budget.limit)
     counter(
       "faultline_cache_evicted_pages_total", "Pages that were taken out to make room.",
-      UInt64(caches.budget?.evictedPages ?? 0))
+      UInt64(caches.budget.evictedPages))
   }
 
   private mutating func head(_ name: String, _ help: String, _ type: String) {

@@ -4,11 +4,13 @@ internal import Synchronization
 
 /// A limit for the memory of several caches of clean pages together (`SharedPageCache`).
 ///
-/// What finds no room goes to the one clone that asked for it. Pages that no clone has make room:
-/// first those of the cache that needs it, then those of the others.
+/// What finds no room goes to the one clone that asked for it. Pages that no clone has make room, where
+/// they are to (`evicts`): first those of the cache that needs it, then those of the others.
 public final class CacheBudget: Sendable {
   /// Bytes that all caches may take; at least 1 MiB.
   public let limit: Int
+  /// Whether pages are taken out to make room. Caches whose pages stay are sealed against all writes.
+  public let evicts: Bool
   private let used = Atomic<Int>(0)
   private let evicted = Atomic<Int>(0)
   /// Taken only when room has to be made: two threads would take out more than they need.
@@ -19,7 +21,12 @@ public final class CacheBudget: Sendable {
   }
 
   /// A limit in bytes, at least 1 MiB.
-  public init(limit: Int) { self.limit = max(limit, 1 << 20) }
+  ///
+  /// - Parameter evicts: `false`: a page that is in a cache stays as long as the cache.
+  public init(limit: Int, evicts: Bool = true) {
+    self.limit = max(limit, 1 << 20)
+    self.evicts = evicts
+  }
 
   /// Bytes that the caches take.
   public var usedBytes: Int { used.load(ordering: .relaxed) }
@@ -44,7 +51,7 @@ public final class CacheBudget: Sendable {
   /// Takes room for a cache; `false` where there is none, and none can be made.
   func take(_ bytes: Int, for cache: SharedPageCache) -> Bool {
     if takeFree(bytes) { return true }
-    guard bytes <= limit else { return false }
+    guard evicts, bytes <= limit else { return false }
     return caches.withLock { entries in
       while !takeFree(bytes) {
         let missing = max(1, usedBytes + bytes - limit)

@@ -55,15 +55,15 @@ public final class SharedPageCache: Sendable {
     file = try MemoryFile(name: "faultline-clean-pages", length: length, pageSize: pageSize)
     alias = try Mapping(
       of: file.descriptor, length: length, sharing: .shared,
-      reserved: pageSize != .size4KiB && budget == nil)
+      reserved: pageSize != .size4KiB && budget?.evicts != true)
     states = try PageStateTable(pageCount: length / pageSize.bytes)
     holders = try HolderCounts(pages: length / pageSize.bytes)
     self.length = length
     self.pageSize = pageSize
     self.budget = budget
     try file.restrictToOwner()
-    try file.seal(futureWrites: budget == nil)
-    budget?.add(self)
+    try file.seal(futureWrites: budget?.evicts != true)
+    if budget?.evicts == true { budget?.add(self) }
   }
 
   deinit { budget?.giveBack(usedBytes) }

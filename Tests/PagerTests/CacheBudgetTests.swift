@@ -106,6 +106,20 @@ struct CacheBudgetTests {
     #expect(budget.evictedPages > 100)
   }
 
+  @Test("A limit that takes nothing out goes around what has no room", arguments: CloneTests.sizes)
+  func withoutEviction(size: PageSize) throws {
+    guard size == .size4KiB || Host.hasHugePages(24) else { return }
+    let budget = CacheBudget(limit: size == .size4KiB ? 1 << 20 : size.bytes, evicts: false)
+    let length = size == .size4KiB ? 1024 * 4096 : 2 * size.bytes
+    let cache = try SharedPageCache(length: length, pageSize: size, budget: budget)
+    let (first, second) = (try Clone(cache), try Clone(cache))
+    #expect(first.wrong(0..<length / 4096).isEmpty)
+    #expect(second.wrong(0..<length / 4096).isEmpty)
+    #expect(budget.usedBytes == cache.usedBytes && cache.usedBytes <= budget.limit)
+    #expect(cache.usedBytes > budget.limit / 2)
+    #expect(budget.evictedPages == 0)
+  }
+
   @Test("A clone that is let go of keeps its pages and its zeros", arguments: CloneTests.sizes)
   func detach(size: PageSize) throws {
     guard size == .size4KiB || Host.hasHugePages(24) else { return }
